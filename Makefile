@@ -1,0 +1,43 @@
+# `make` alone prints what there is. Every target installs what it needs by itself.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Real pictures for the tests that use them; those tests skip where the folder is absent.
+ifneq ($(wildcard ../shared/data),)
+export FOMO_TEST_DATA ?= $(realpath ../shared/data)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install update test lint reproduce clean
+
+help: ## print this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
+
+install: $(VENV)/installed ## create .venv and install what running needs
+
+update: $(VENV)/installed ## the main job: a tiny CLIP lives through its updates, about 5 minutes on 2 CPU cores
+	$(PY) fomo.py update --recipe recipes/merge.yaml --resume
+
+test: $(VENV)/installed-dev ## the whole test suite
+	$(PY) -m pytest
+
+lint: $(VENV)/installed-dev ## ruff: mistakes and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+reproduce: $(VENV)/installed ## finetuning against merging, three seeds each, and one report of all six
+	for seed in 0 1 2; do for recipe in finetune merge; do \
+	  $(PY) fomo.py update --recipe recipes/$$recipe.yaml --seed $$seed --resume || exit 1; done; done
+	$(PY) fomo.py report runs/finetune-tiny-seed[012] runs/merge-tiny-seed[012] -o results/tiny/report.html
+
+clean: ## remove the environment and the runs (the cache in ~/.cache/fomo stays)
+	rm -rf $(VENV) runs results .pytest_cache .ruff_cache
+
+$(VENV)/installed: requirements.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(PY) -m pip install -r requirements-dev.txt
+	touch $@

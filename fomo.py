@@ -1,0 +1,122 @@
+"""Command line of fomo. Start reading here; each command is one call into the package.
+
+python fomo.py update --recipe recipes/merge.yaml
+python fomo.py update --recipe recipes/finetune.yaml --set optimizer.lr=3e-4 --seed 1
+python fomo.py report runs/merge-tiny-seed0 runs/finetune-tiny-seed1 -o both.html
+"""
+
+import sys
+from pathlib import Path
+
+import click
+
+from fomo.errors import Failure, Interrupted, UserError
+
+
+class Commands(click.Group):
+    """A user's mistake is one line and exit status 2, a failure while running is one line and 1."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            status, message = 2, str(error)
+        except Failure as error:
+            status, message = 1, str(error)
+        except Interrupted as stop:
+            status, message = stop.exit_status, str(stop)
+        print(f"fomo: {message}", file=sys.stderr)
+        ctx.exit(status)
+
+
+def options(*names):
+    """Several of the shared options at once."""
+    shared = {
+        "scale": click.option(
+            "--scale", metavar="NAME|FILE", help="Model, data, budget and defaults of a size."
+        ),
+        "set": click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one recipe field."
+        ),
+        "seed": click.option("--seed", type=int, help="Seed of the stream and of every draw."),
+        "model": click.option(
+            "--model", metavar="NAME/TAG|PATH", help="Start from this model, not the scale's."
+        ),
+        "data": click.option("--data", metavar="FILE", help="A data file, instead of the scale's."),
+        "device": click.option(
+            "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True
+        ),
+        "workers": click.option(
+            "--workers",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Processes that make batches.",
+        ),
+    }
+
+    def decorate(command):
+        for name in reversed(names):
+            command = shared[name](command)
+        return command
+
+    return decorate
+
+
+@click.group(cls=Commands)
+def cli():
+    """Keep a CLIP model up to date over its life, under a compute budget, without forgetting what it knew."""
+
+
+@cli.command()
+@click.option("--recipe", "path", default="recipes/merge.yaml", show_default=True, metavar="FILE")
+@click.option("--out", metavar="DIR", help="The run folder; by default runs/RECIPE-SCALE-seedN.")
+@click.option("--resume", is_flag=True, help="Go on where the run folder stands.")
+@options("model", "data", "scale", "set", "seed", "device", "workers")
+def update(path, out, resume, device, workers, **said):
+    """Take a model through every update of a recipe and evaluate it after each."""
+    from fomo.recipe import load
+    from fomo.update import default_folder, run_recipe
+
+    recipe = load(path, **said)
+    folder = Path(out) if out else default_folder(path, recipe, said["data"])
+    print(run_recipe(recipe, folder, resume=resume, device=device, workers=workers))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@options("model", "data", "scale", "set", "seed", "device")
+def eval(as_json, device, **said):
+    """Score a model on every test set of a data file."""
+    from fomo.eval import table
+    from fomo.recipe import load
+    from fomo.update import score_model
+
+    print(table(score_model(load(None, **said), device), as_json))
+
+
+@cli.command()
+@click.option(
+    "-o", "out", metavar="DIR", help="Where to write the model; by default the cache that `update` reads."
+)
+@options("scale", "set", "device")
+def pretrain(out, device, **said):
+    """Make a scale's base model from random weights; `update` does this by itself when it needs to."""
+    from fomo.pretrain import pretrain_scale
+    from fomo.recipe import load
+
+    print(pretrain_scale(load(None, **said).model, out, device))
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("-o", "out", metavar="FILE.html", help="By default report.html in the first run.")
+def report(runs, out):
+    """Draw one or several runs: the KA-ZS plane, scores over updates, what each dataset gained or lost."""
+    from fomo.report import write_report
+
+    print(write_report([Path(run) for run in runs], Path(out) if out else None))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,251 @@
+"""open_clip models: loading and saving, features, the contrastive loss.
+
+Shapes: B pairs in a batch, L tokens of text, S image side, D embedding width.
+"""
+
+import json
+import os
+import pickle
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import text_global_pool
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fomo.errors import UserError
+
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+class Features(NamedTuple):
+    """What one step computes, normalised; penalties use it instead of a second forward pass."""
+
+    image_features: Tensor  # (B, D)
+    text_features: Tensor  # (B, D)
+    logit_scale: Tensor  # (), already exponentiated
+    logit_bias: Tensor | None = None  # (), SigLIP models only
+
+
+@dataclass
+class Clip:
+    """An open_clip model with what belongs to it."""
+
+    model: nn.Module
+    config: dict  # content of open_clip_config.json: model_cfg, preprocess_cfg
+    tokenizer: object
+
+    @property
+    def image_size(self) -> int:
+        size = self.model.visual.image_size
+        return size[0] if isinstance(size, (tuple, list)) else size
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return tuple(self.config["preprocess_cfg"]["mean"])
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        return tuple(self.config["preprocess_cfg"]["std"])
+
+    def tokenize(self, texts: list[str]) -> list:
+        """Token ids of each text as an int32 array, cut after its end where the text tower allows it."""
+        tokens = self.tokenizer(texts)  # (n, context)
+        text = text_tower(self.model)
+        if not trimmable(text):
+            return list(tokens.to(torch.int32).numpy())
+        ends = tokens.argmax(-1) if pool_type(text) == "argmax" else (tokens == eos_id(text)).int().argmax(-1)
+        return [
+            row[: end + 1].to(torch.int32).numpy() for row, end in zip(tokens, ends.tolist(), strict=True)
+        ]
+
+
+def text_tower(model: nn.Module) -> nn.Module:
+    """CLIP is its own text tower, CustomTextCLIP keeps it in `.text`."""
+    return getattr(model, "text", model)
+
+
+def pool_type(text: nn.Module) -> str | None:
+    return getattr(text, "text_pool_type", getattr(text, "pool_type", None))
+
+
+def eos_id(text: nn.Module) -> int | None:
+    return getattr(text, "text_eos_id", getattr(text, "eos_id", None))
+
+
+def trimmable(text: nn.Module) -> bool:
+    """Whether what stands after a caption's end cannot change its features: causal, pooled at the end."""
+    causal = getattr(text, "attn_mask", None) is not None and getattr(text, "cls_emb", None) is None
+    return causal and pool_type(text) in ("argmax", "eos")
+
+
+def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
+    """(B, L) ids with any L up to the context -> (B, D).
+
+    open_clip's own encode_text adds the full positional embedding and so insists on the full context. A causal
+    tower computes the same on the first L positions (differences are rounding), which saves a third of a
+    ViT-B-32 step.
+    """
+    text = text_tower(model)
+    if not trimmable(text):
+        return model.encode_text(tokens)
+    length = tokens.shape[1]
+    dtype = text.transformer.get_cast_dtype()
+    x = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
+    x = text.transformer(x, attn_mask=text.attn_mask[:length, :length])  # (B, L, width)
+    x = text_global_pool(text.ln_final(x), tokens, pool_type(text), eos_token_id=eos_id(text))
+    if isinstance(text.text_projection, nn.Linear):
+        return text.text_projection(x)
+    return x if text.text_projection is None else x @ text.text_projection
+
+
+def encode(model: nn.Module, images: Tensor, tokens: Tensor) -> Features:
+    """images (B, 3, S, S) normalised, tokens (B, L) -> features on the unit sphere."""
+    return Features(
+        F.normalize(model.encode_image(images), dim=-1),
+        F.normalize(encode_text(model, tokens), dim=-1),
+        model.logit_scale.exp(),
+        getattr(model, "logit_bias", None),
+    )
+
+
+def contrastive_loss(features: Features) -> Tensor:
+    """Symmetric InfoNCE over the batch (paper, section 4: the pretraining objective), scalar.
+
+    Models with a logit bias were trained with the sigmoid loss of SigLIP (arXiv 2303.15343) and keep it.
+    """
+    logits = features.logit_scale * features.image_features @ features.text_features.T  # (B, B)
+    if features.logit_bias is not None:
+        signs = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
+        return -F.logsigmoid(signs * (logits + features.logit_bias)).sum() / len(logits)
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def load(name: str | None, pretrained: str | None) -> Clip:
+    """Load a model by open_clip's name and tag, a checkpoint file, or a directory that open_clip or we wrote.
+
+    A checkpoint file without `name` is matched to open_clip's architectures by the shapes of its tensors.
+    """
+    if pretrained and Path(pretrained).is_dir():
+        name, pretrained = f"local-dir:{pretrained}", None
+    if pretrained and os.sep in pretrained and not Path(pretrained).exists():
+        raise UserError(f"model {pretrained}: no such file or directory")
+    if name is None:
+        if not Path(pretrained).is_file():
+            raise UserError(f"model {pretrained}: no such file; an open_clip model is written NAME/TAG")
+        name = architecture_of(pretrained)
+    schema, identifier = open_clip.factory.parse_model_name(name)
+    if schema == "local-dir" and not (Path(identifier) / CONFIG_FILE).is_file():
+        raise UserError(f"model {identifier}: no {CONFIG_FILE} in this directory")
+    if schema is None:
+        check_name(name, pretrained)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # quick-gelu hints: tag_config handles them
+            quick_gelu = bool(tag_config(name, pretrained).get("quick_gelu"))
+            config = {"model_cfg": dict(open_clip.get_model_config(name))}
+            if quick_gelu:
+                config["model_cfg"]["quick_gelu"] = True
+            model = open_clip.create_model(
+                name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
+            )
+            tokenizer = open_clip.get_tokenizer(name)
+    except (RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
+        what = f"{name}/{pretrained}" if pretrained else name
+        raise UserError(f"model {what}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    return finish(model, config, tokenizer)
+
+
+def new(config: dict, seed: int) -> Clip:
+    """A model with random weights from open_clip's model_cfg, the same for the same seed."""
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**config)
+    open_clip.model.set_model_preprocess_cfg(
+        model, {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    )
+    tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
+    return finish(model, {"model_cfg": config}, tokenizer)
+
+
+def finish(model: nn.Module, config: dict, tokenizer: object) -> Clip:
+    visual = model.visual
+    config["preprocess_cfg"] = {"mean": list(visual.image_mean), "std": list(visual.image_std)}
+    for key in ("interpolation", "resize_mode"):
+        if key in getattr(visual, "preprocess_cfg", {}):
+            config["preprocess_cfg"][key] = visual.preprocess_cfg[key]
+    return Clip(model, config, tokenizer)
+
+
+def tag_config(name: str, pretrained: str | None) -> dict:
+    known = pretrained and open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained)
+    return known or {}
+
+
+def check_name(name: str, pretrained: str | None) -> None:
+    import difflib
+
+    if name not in open_clip.list_models():
+        near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
+        hint = f", nearest: {', '.join(near)}" if near else ""
+        raise UserError(f"model {name}: not a file, a directory or a name that open_clip knows{hint}")
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not pretrained or not (pretrained in tags or Path(pretrained).is_file()):
+        got = f"unknown weights {pretrained!r}" if pretrained else "say which weights"
+        raise UserError(f"model {name}: {got}, accepted: {name}/TAG with TAG one of {', '.join(tags)}")
+
+
+def architecture_of(checkpoint: str) -> str:
+    """The open_clip architecture whose tensors have the names and shapes of a checkpoint's."""
+    try:
+        shapes = {n: tuple(t.shape) for n, t in open_clip.load_state_dict(checkpoint).items()}
+    except (
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        AttributeError,
+        StopIteration,
+        pickle.UnpicklingError,
+    ) as error:
+        raise UserError(
+            f"model {checkpoint}: not a file of tensors: {' '.join(str(error).split())[:200]}"
+        ) from None
+    for name in open_clip.list_models():
+        if plausible(open_clip.get_model_config(name), shapes):
+            with torch.device("meta"):
+                model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+            if {n: tuple(t.shape) for n, t in model.state_dict().items()} == shapes:
+                return name
+    raise UserError(
+        f"model {checkpoint}: fits no architecture of open_clip; name it with --set model.name=NAME"
+    )
+
+
+def plausible(config: dict, shapes: dict) -> bool:
+    """A cheap test before an architecture is built: plain ViT or ResNet towers, same text width and depth."""
+    text, vision = config["text_cfg"], config["vision_cfg"]
+    positional = shapes.get("positional_embedding", shapes.get("text.positional_embedding", (0, 0)))
+    if "timm_model_name" in vision or "hf_model_name" in text or "multimodal_cfg" in config:
+        return False
+    depth = sum(n.endswith("ln_1.weight") and not n.startswith("visual.") for n in shapes)
+    conv = shapes.get("visual.conv1.weight", (0,))
+    same_vision = isinstance(vision["layers"], list) or (
+        conv[0] == vision["width"] and conv[-1] == vision["patch_size"]
+    )
+    return same_vision and positional[-1] == text["width"] and depth == text["layers"]
+
+
+def save(clip: Clip, directory: Path) -> None:
+    """Write what open_clip opens as "local-dir:DIRECTORY" and hubs accept as it is."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {n: t.detach().cpu().contiguous() for n, t in clip.model.state_dict().items()}
+    save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    (directory / CONFIG_FILE).write_text(json.dumps(clip.config, indent=2) + "\n")
+    if hasattr(clip.tokenizer, "save_pretrained"):
+        clip.tokenizer.save_pretrained(directory)

@@ -1,0 +1,34 @@
+"""Strategies by name. A new one is a file beside this one and a line in METHODS."""
+
+from fomo.errors import FieldError
+from fomo.methods.base import Method
+from fomo.methods.merge import Merge
+from fomo.recipe import one_of, refuse_unknown
+
+METHODS: dict[str, type[Method]] = {"finetune": Method, "merge": Merge}
+
+
+def build_method(spec: dict, where: str = "method") -> Method:
+    """{'name': 'merge', 'keep': 0.5} -> Merge(keep=0.5)."""
+    method = method_class(spec, where)
+    fields = {key: value for key, value in spec.items() if key != "name"}
+    refuse_unknown(fields, sorted(method.accepted(fields)), where)
+    return method.from_spec(fields, where)
+
+
+def method_class(spec: dict, where: str = "method") -> type[Method]:
+    if not isinstance(spec, dict) or "name" not in spec:
+        raise FieldError(where, f"expected named fields with `name`, got {spec!r}")
+    one_of(f"{where}.name", spec["name"], tuple(METHODS))
+    return METHODS[spec["name"]]
+
+
+def accepted_fields(spec: dict) -> set[str]:
+    return method_class(spec).accepted(spec)
+
+
+def innermost(spec: dict) -> str:
+    """The name of the method that tunes; merges wrap one."""
+    while method_class(spec) is Merge:
+        spec = spec.get("tune", {"name": "finetune"})
+    return spec["name"]

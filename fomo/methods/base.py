@@ -1,0 +1,78 @@
+"""The one interface of every strategy. `Method` itself is plain finetuning.
+
+Two sentences carry the design: `before_update` leaves in the model the weights to train from, `after_update`
+leaves in it the weights to deploy. The loop in update.py owns forward, backward, clipping and schedule.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fomo.clip import Features
+from fomo.recipe import Optimizer, build
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Method:
+    """Finetune everything (the paper's full-ft). Hooks in call order, all with working defaults.
+
+    A method's dataclass fields are what a recipe may say of it.
+    """
+
+    @classmethod
+    def from_spec(cls, spec: dict, where: str = "method") -> "Method":
+        """{'name': 'finetune', ...} without the name -> the method, its fields checked."""
+        return build(cls, spec, where)
+
+    @classmethod
+    def accepted(cls, spec: dict) -> set[str]:
+        """The fields that `spec` may have."""
+        return {name for name, field in cls.__dataclass_fields__.items() if field.init}
+
+    def prepare(self, model: nn.Module) -> list[nn.Parameter]:
+        """Once per run: alter the model if needed; return what is trained."""
+        return [p for p in model.parameters() if p.requires_grad]
+
+    def before_update(self, model: nn.Module) -> None:
+        """Leave in the model the weights to train from."""
+
+    def optimizer(self, parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+        """A fresh one for each update: empty moments, weight decay on all parameters (paper, section 4)."""
+        fused = all(p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point() for p in parameters)
+        return torch.optim.AdamW(
+            parameters,
+            lr=settings.lr,
+            betas=tuple(settings.betas),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=fused,
+        )
+
+    def penalty(self, model: nn.Module, batch, features: Features) -> Tensor | float:
+        """Every step: a scalar added to the contrastive loss."""
+        return 0.0
+
+    def after_step(self, model: nn.Module, lr: float) -> None:
+        """Every step, after the optimizer moved; the clipped gradients are still there."""
+
+    def after_update(self, model: nn.Module, batches: Iterable) -> None:
+        """Leave in the model the weights to deploy."""
+
+    def export(self, model: nn.Module) -> Weights:
+        """Plain open_clip weights: what merges and checkpoints of users see. Copies."""
+        return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    def load(self, model: nn.Module, weights: Weights) -> None:
+        """Plain open_clip weights in."""
+        model.load_state_dict(weights)
+
+    def state(self) -> dict:
+        """What a checkpoint must hold besides the model: named tensors and plain numbers."""
+        return {}
+
+    def load_state(self, state: dict) -> None:
+        """The inverse of `state`, after `prepare`."""

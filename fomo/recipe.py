@@ -1,0 +1,409 @@
+"""Recipes: YAML -> frozen dataclasses.
+
+A recipe is one complete experiment. It names a `scale` (model, data, budget and the defaults of that size);
+precedence is scale < recipe < command line. What `load` returns is complete: written out by `dump`, it repeats
+the run. PyYAML reads `1e-5` as text; `build` repairs that and names the field of everything it refuses.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fomo.errors import FieldError, UserError
+from fomo.schedules import Schedule
+
+ROOT = Path(__file__).resolve().parents[1] / "recipes"
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How the base model of a scale is made (`python fomo.py pretrain`)."""
+
+    data: str  # data file whose `pretraining` pool it learns
+    samples: int
+    batch_size: int
+    lr: float
+    warmup: float = 0.02  # share of the steps
+    floor: float = 0.1  # end well above zero: restarting a fully annealed model costs retention by itself
+    weight_decay: float = 0.1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """Either `name` and/or `pretrained` (see clip.load), or `config` and `pretraining` for a model of our own."""
+
+    name: str | None = None  # open_clip's name, "hf-hub:...", "local-dir:..."
+    pretrained: str | None = None  # open_clip's tag, a checkpoint file, or a local model directory
+    config: dict | None = None  # open_clip's model_cfg
+    pretraining: Pretraining | None = None
+
+    def __post_init__(self):
+        if (
+            self.name is None
+            and self.pretrained is None
+            and (self.config is None or self.pretraining is None)
+        ):
+            raise FieldError("model", "say name and/or pretrained, or both config and pretraining")
+
+
+@dataclass(frozen=True)
+class Stream:
+    order: str = "random"
+    updates: int = 20  # T
+    reverse: bool = False
+    seed: int | None = None  # the recipe's
+
+    def __post_init__(self):
+        one_of("stream.order", self.order, ("random",))
+        at_least("stream.updates", self.updates, 1)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of a batch that come from the three pools (lambda_P, lambda_D, lambda_B; paper, section 3.2)."""
+
+    pretraining: float = 0.33
+    update: float = 0.34
+    buffer: float = 0.33
+    empty_buffer: str = (
+        "split"  # first update: buffer's share goes half to each of the others, or all to `update`
+    )
+
+    def __post_init__(self):
+        shares = {"pretraining": self.pretraining, "update": self.update, "buffer": self.buffer}
+        for name, share in shares.items():
+            if not 0 <= share <= 1:
+                raise FieldError(f"mixture.{name}", f"got {share:g}, a share lies between 0 and 1")
+        if abs(sum(shares.values()) - 1) > 1e-6:
+            raise FieldError("mixture", f"shares must sum to 1, got {sum(shares.values()):g} from {shares}")
+        one_of("mixture.empty_buffer", self.empty_buffer, ("split", "update"))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Work per update; exactly one of the two."""
+
+    samples: int | None = None
+    steps: int | None = None
+
+    def __post_init__(self):
+        given = {k: v for k, v in (("samples", self.samples), ("steps", self.steps)) if v is not None}
+        if len(given) != 1:
+            raise FieldError(
+                "budget", f"say exactly one of samples, steps (per update), got {given or 'none'}"
+            )
+        for name, value in given.items():
+            at_least(f"budget.{name}", value, 1)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    lr: float | None = None  # peak; from the scale's defaults for the method
+    batch_size: int = 512  # pairs per step, all three pools together
+    weight_decay: float = 0.2  # on all parameters, as the paper
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
+
+    def __post_init__(self):
+        at_least("optimizer.batch_size", self.batch_size, 2)
+        for name in ("lr", "eps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise FieldError(f"optimizer.{name}", f"must be positive, got {value:g}")
+        for name in ("weight_decay", "clip_norm"):
+            at_least(f"optimizer.{name}", getattr(self, name), 0)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise FieldError("optimizer.betas", f"two numbers in [0, 1), got {self.betas}")
+
+
+@dataclass(frozen=True)
+class Temperature:
+    init: float | None = None  # tau = 1 / exp(logit_scale); the checkpoint's
+    learn: bool | None = None  # by method: adapters and locked towers leave it alone (paper.md section 16)
+    max: float | None = 100.0  # bound of exp(logit_scale), as open_clip; null: none, as the released code
+
+    def __post_init__(self):
+        for name in ("init", "max"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise FieldError(f"temperature.{name}", f"must be positive, got {value:g}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    subset: float = (
+        0.1  # share of each test set used during the run, at least 300 samples and 2 per class; 1: all
+    )
+    every: int = 1  # evaluate after every n-th update (and always after the last)
+    keep_weights: int | None = 3  # how many of the latest deployed weights to keep; null: all
+
+    def __post_init__(self):
+        if not 0 < self.subset <= 1:
+            raise FieldError("evaluation.subset", f"a share in (0, 1], got {self.subset:g}")
+        at_least("evaluation.every", self.every, 1)
+        if self.keep_weights is not None:
+            at_least("evaluation.keep_weights", self.keep_weights, 1)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    model: Model
+    data: str  # path of the data file
+    scale: str = "tiny"
+    seed: int = 0
+    precision: str = "auto"  # bf16 autocast on CUDA, float32 elsewhere
+    stream: Stream = field(default_factory=Stream)
+    mixture: Mixture = field(default_factory=Mixture)
+    budget: Budget = field(default_factory=Budget)
+    method: dict = field(default_factory=lambda: {"name": "finetune"})
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    temperature: Temperature = field(default_factory=Temperature)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+    def __post_init__(self):
+        one_of("precision", self.precision, ("auto", "float32", "bf16"))
+        if self.optimizer.lr is None:
+            raise FieldError(
+                "optimizer.lr", f"not given, and scale {self.scale} has no default for this method"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per update (N)."""
+        if self.budget.steps is not None:
+            return self.budget.steps
+        steps = self.budget.samples // self.optimizer.batch_size
+        if steps < 1:
+            size = self.optimizer.batch_size
+            raise FieldError("budget.samples", f"{self.budget.samples} is less than one batch of {size}")
+        return steps
+
+
+def one_of(name: str, value: str, accepted: tuple) -> None:
+    if value not in accepted:
+        near = difflib.get_close_matches(str(value), accepted, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise FieldError(name, f"unknown {value!r}{hint}, accepted: {', '.join(accepted)}")
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise FieldError(name, f"must be at least {least}, got {value}")
+
+
+def build(cls, values: dict, where: str = ""):
+    """Make a `cls` from a nested dict, checked against the signature of its constructor.
+
+    `where` is the dotted path of the dict, for messages.
+    """
+    if not isinstance(values, dict):
+        raise FieldError(where or "recipe", f"expected named fields, got {values!r}")
+    hints, known = typing.get_type_hints(cls.__init__), inspect.signature(cls).parameters
+    refuse_unknown(values, known, where)
+    for name, parameter in known.items():
+        if name not in values and parameter.default is parameter.empty:
+            raise FieldError(dotted(where, name), "missing, and it has no default")
+    return cls(**{key: convert(value, hints[key], dotted(where, key)) for key, value in values.items()})
+
+
+def dotted(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def refuse_unknown(values: dict, known: typing.Iterable[str], where: str) -> None:
+    """A FieldError for the first key of `values` that is not known, with the nearest that is."""
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise FieldError(dotted(where, str(key)), f"unknown field{hint}, accepted: {', '.join(known)}")
+
+
+def convert(value: Any, want: Any, where: str) -> Any:
+    """`value` as type `want`, or a FieldError that says what was found and what is accepted."""
+    options = typing.get_args(want) if isinstance(want, types.UnionType) else (want,)
+    if value is None and types.NoneType in options:
+        return None
+    fits = [option for option in options if (typing.get_origin(option) or option) is type(value)]
+    want = fits[0] if fits else next(option for option in options if option is not types.NoneType)
+    if dataclasses.is_dataclass(want):
+        return build(want, value, where)
+    if typing.get_origin(want) is list and isinstance(value, list):
+        return [convert(v, typing.get_args(want)[0], f"{where}[{i}]") for i, v in enumerate(value)]
+    kind = typing.get_origin(want) or want
+    if kind in (int, float) and not isinstance(value, bool):
+        return number(value, kind, where)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = {
+            str: "text",
+            bool: "true or false",
+            dict: "named fields",
+            int: "a whole number",
+            float: "a number",
+        }
+        raise FieldError(where, f"expected {names.get(kind, kind.__name__)}, got {value!r}")
+    return value
+
+
+def number(value: Any, kind: type, where: str) -> int | float:
+    try:
+        parsed = float(value) if isinstance(value, (int, float, str)) else float("nan")
+    except ValueError:
+        parsed = float("nan")
+    if parsed != parsed or parsed in (float("inf"), float("-inf")) or (kind is int and parsed != int(parsed)):
+        raise FieldError(where, f"expected {'a whole number' if kind is int else 'a number'}, got {value!r}")
+    return kind(value) if isinstance(value, int) else kind(parsed)
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML file of named fields; one clear line for everything that can be wrong with it."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected named fields at the top, got {type(values).__name__}")
+    return values
+
+
+def locate(path: str, beside: Path) -> str:
+    """Expand variables; a relative path is relative to the file that says it."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    return str((beside.parent / expanded).resolve())
+
+
+def load(
+    path: str | Path | None = None,
+    *,
+    scale: str | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    seed: int | None = None,
+    overrides: typing.Sequence[str] = (),
+) -> Recipe:
+    """Read a recipe with its scale and the command line's overrides ("key.path=value")."""
+    from fomo.methods import build_method  # methods are built from recipes and import this module
+
+    recipe_path = Path(path) if path else None
+    said = read_yaml(recipe_path) if recipe_path else {}
+    if recipe_path and isinstance(said.get("data"), str):
+        said["data"] = locate(said["data"], recipe_path)
+    line: dict = {}
+    for override in overrides:
+        set_path(line, override)
+    if seed is not None:
+        line["seed"] = seed
+    if data is not None:
+        line["data"] = str(Path(data).resolve())
+    if model is not None:
+        line["model"] = split_model(model)
+    scale_name = scale or line.get("scale") or said.get("scale") or "tiny"
+    scale_path, sized, defaults = load_scale(str(scale_name))
+    if "pretrained" in said.get("model", {}) or "name" in said.get("model", {}) or model is not None:
+        sized.pop("model")
+    values = merged(merged(merged(sized, said), line), {"scale": str(scale_name)})
+    origins = [("command line", line), (str(recipe_path), said), (str(scale_path), sized)]
+    try:
+        recipe = build(Recipe, with_defaults(values, defaults))
+        build_method(recipe.method)
+    except FieldError as error:
+        raise UserError(f"{origin_of(error.field, origins)}: {error}") from None
+    return recipe
+
+
+def load_scale(name: str) -> tuple[Path, dict, dict]:
+    """-> (path, the scale's recipe fields, its defaults by method). NAME in recipes/scales/ or a file."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "scales" / f"{name}.yaml"
+    if not path.exists() and path.parent == ROOT / "scales":
+        one_of("scale", name, tuple(sorted(p.stem for p in path.parent.glob("*.yaml"))))
+    values = read_yaml(path)
+    if isinstance(values.get("data"), str):
+        values["data"] = locate(values["data"], path)
+    pretraining = (values.get("model") or {}).get("pretraining")
+    if isinstance(pretraining, dict) and isinstance(pretraining.get("data"), str):
+        pretraining["data"] = locate(pretraining["data"], path)
+    return path, values, values.pop("defaults", {})
+
+
+def split_model(text: str) -> dict:
+    """--model NAME/TAG or a path -> the `model` section."""
+    if Path(text).exists() or text.startswith((".", "/", "~")):
+        return {"pretrained": str(Path(text).expanduser().resolve())}
+    if text.startswith(("hf-hub:", "local-dir:")):
+        return {"name": text}
+    name, _, tag = text.partition("/")
+    return {"name": name, "pretrained": tag} if tag else {"name": name}
+
+
+def set_path(values: dict, override: str) -> None:
+    """Put "a.b=value" into the nested dict `values`."""
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"--set {override}: expected KEY=VALUE, as in --set optimizer.lr=3e-6")
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}: {parent} is a value already, it has no fields")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
+
+
+def merged(low: dict, high: dict) -> dict:
+    """`high` over `low`, section by section; a budget, and a method that says its name, replace the whole."""
+    out = dict(low)
+    for key, value in high.items():
+        whole = key == "budget" or (key == "method" and isinstance(value, dict) and "name" in value)
+        if whole or not (isinstance(value, dict) and isinstance(out.get(key), dict)):
+            out[key] = value
+        else:
+            out[key] = merged(out[key], value)
+    return out
+
+
+def with_defaults(values: dict, defaults: dict) -> dict:
+    """Fill in the scale's `defaults` (lr by innermost method, keep) where the recipe leaves them open."""
+    from fomo.methods import accepted_fields, innermost  # as in load
+
+    method = values.get("method", {"name": "finetune"})
+    values = merged({"method": method, "optimizer": {}}, values)
+    lr = defaults.get("lr", {}).get(innermost(method))
+    if isinstance(values["optimizer"], dict) and values["optimizer"].get("lr") is None and lr is not None:
+        values["optimizer"] = {**values["optimizer"], "lr": lr}
+    fill = {
+        k: v for k, v in defaults.items() if k != "lr" and k in accepted_fields(method) and k not in method
+    }
+    values["method"] = {**method, **fill}
+    return values
+
+
+def origin_of(dotted: str, origins: list[tuple[str, dict]]) -> str:
+    """Which file (or the command line) said the field `dotted`; the recipe if none did."""
+    for name, values in origins:
+        for key in dotted.split("."):
+            values = values.get(key.split("[")[0], ...) if isinstance(values, dict) else ...
+        if values is not ...:
+            return name
+    return next(name for name, _ in origins[1:] if name != "None")
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(dataclasses.asdict(recipe), sort_keys=False, allow_unicode=True)

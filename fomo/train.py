@@ -1,0 +1,98 @@
+"""The training step: forward, loss, backward, clipping, optimizer. Everything that trains runs through `train`."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fomo.clip import Clip, contrastive_loss, encode
+from fomo.datasets.crops import crop
+from fomo.datasets.samples import Batch
+from fomo.errors import UserError
+from fomo.methods import Method
+
+
+class Step(NamedTuple):
+    """What one optimizer step was like; tensors stay on the device."""
+
+    number: int
+    lr: float
+    loss: Tensor
+    grad_norm: Tensor
+
+
+def train(
+    clip: Clip,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    rate: Callable[[int], float],
+    *,
+    device: torch.device,
+    autocast: bool,
+    clip_norm: float,
+    max_scale: float | None,
+    start: int = 0,
+) -> Iterator[Step]:
+    """Take one optimizer step per batch and yield after each. `rate(step)` is the learning rate."""
+    model = clip.model
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, batch in enumerate(batches, start):
+        model.train()
+        lr = rate(number)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        canvas, boxes, tokens, _ = (t.to(device, non_blocking=True) for t in batch)
+        images = crop(canvas, boxes, clip.image_size, clip.mean, clip.std)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            features = encode(model, images, tokens)
+        loss = contrastive_loss(features) + method.penalty(model, batch, features)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+        optimizer.step()
+        if max_scale is not None:
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(max_scale))  # as open_clip
+        method.after_step(model, lr)
+        optimizer.zero_grad(set_to_none=True)
+        yield Step(number, lr, loss.detach(), grad_norm.detach())
+
+
+class Timed:
+    """Iterates a loader and measures how long its batches are waited for."""
+
+    def __init__(self, loader: Iterable[Batch]):
+        self.loader, self.waited, self.lapped = loader, 0.0, time.monotonic()
+
+    def __iter__(self) -> Iterator[Batch]:
+        iterator = iter(self.loader)
+        while True:
+            asked = time.monotonic()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.monotonic() - asked
+            yield batch
+
+    def lap(self) -> tuple[float, float]:
+        """-> seconds since the last lap, and seconds waited in it."""
+        now = time.monotonic()
+        lap = max(now - self.lapped, 1e-9), self.waited
+        self.lapped, self.waited = now, 0.0
+        return lap
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise UserError(
+            f"--device {name}: not available here, accepted: {', '.join(k for k, v in available.items() if v)}"
+        )
+    return torch.device(name)

@@ -1,0 +1,518 @@
+"""Arithmetic on named tensors: the merge rules.
+
+    rule = build_rule({"rule": "ties", "density": 0.2})
+    merged = dict(merge(rule, [old, new], base))
+
+θ_0 is the base, θ_1 .. θ_n are the models from oldest to newest, τ_i = θ_i − θ_0 their task vectors. All is
+streamed, tensor by tensor and model by model, so a model may be a lazy mapping over a memory-mapped file.
+
+Under `init: ema` a rule sees two models, old = u and new = e, which was trained from old. Written with the
+displacements d = u − θ_0 and δ = e − u, each rule's docstring ends with what becomes of d.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import reduce
+from typing import Any, ClassVar, NamedTuple
+from zlib import crc32
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fomo.errors import FieldError, UserError
+from fomo.recipe import build, one_of
+
+Weights = Mapping[str, Tensor]
+
+
+def merge(
+    rule: "Rule", models: Sequence[Weights], base: Weights | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, merged tensor), sorted by name; checks and passes over whole models come before the first.
+
+    Arithmetic is float32, on the device of the newest model; results have its dtypes. Integer buffers are
+    copied from it. No result shares memory with an input. An input tensor is fetched once per pass.
+    """
+    if not models or (rule.pairwise and len(models) != 2):
+        expected = "two models, old and new" if rule.pairwise else "at least one model"
+        raise UserError(f"{rule.name} merges {expected}, got {len(models)}")
+    if rule.needs_base and base is None:
+        raise UserError(f"{rule.name} works on task vectors here: it needs the base model")
+    stack = Stack(models, base if rule.needs_base else None)
+    return merged_tensors(rule, stack, rule.plan(stack))
+
+
+def merged_tensors(rule: "Rule", stack: "Stack", plan: Any) -> Iterator[tuple[str, Tensor]]:
+    layer_scale = rule.lines.factors(stack.kinds) if rule.lines else {}
+    for name, kind in stack.kinds.items():
+        if not kind.dtype.is_floating_point:
+            yield name, stack.models[-1][name].clone()
+            continue
+        base = None if stack.base is None else stack.read(stack.base, name)
+        merged = rule.tensor(name, (stack.read(model, name) for model in stack.models), base, plan)
+        if rule.lines:
+            merged = torch.lerp(base, merged, layer_scale[name])  # exactly `merged` where the scale is 1
+        yield name, merged.to(kind.dtype)
+
+
+class Kind(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Stack:
+    """Models that agree in names and shapes, oldest first, and their base; `kinds` are those of the newest."""
+
+    def __init__(self, models: Sequence[Weights], base: Weights | None):
+        self.models, self.base = models, base
+        self.kinds = {name: kind_of(models[-1][name]) for name in sorted(models[-1])}
+        for i, model in enumerate(models[:-1], 1):
+            self.compare(model, f"model {i}", f"model {len(models)}")
+        if base is not None:
+            self.compare(base, "base", f"model {len(models)}")
+
+    def compare(self, other: Weights, label: str, newest: str) -> None:
+        if odd := sorted(set(other) ^ set(self.kinds)):
+            first = ", ".join(f"{name} only in {label if name in other else newest}" for name in odd[:3])
+            raise UserError(f"models differ in {len(odd)} tensor names: {first}")
+        for name, kind in self.kinds.items():
+            found = kind_of(other[name])
+            if found[:1] != kind[:1] or found.dtype.is_floating_point != kind.dtype.is_floating_point:
+                here, there = (
+                    f"{found.shape} {found.dtype} in {label}",
+                    f"{kind.shape} {kind.dtype} in {newest}",
+                )
+                raise UserError(f"models differ in tensor {name}: {here}, {there}")
+
+    @property
+    def floats(self) -> list[str]:
+        return [name for name, kind in self.kinds.items() if kind.dtype.is_floating_point]
+
+    def read(self, weights: Weights, name: str) -> Tensor:
+        """In float32; only float64 stays what it is."""
+        kind = self.kinds[name]
+        return weights[name].detach().to(kind.device, torch.promote_types(kind.dtype, torch.float32))
+
+    def task_vector(self, i: int) -> Iterator[Tensor]:
+        return (self.read(self.models[i], name) - self.read(self.base, name) for name in self.floats)
+
+
+def kind_of(tensor: Tensor) -> Kind:
+    return Kind(tuple(tensor.shape), tensor.dtype, tensor.device)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """θ_0 + s_l (θ − θ_0),  s_l = α + β l / (L − 1) in block l of the L of its tower, α outside blocks.
+
+    LiNeS (Wang et al. 2024, arXiv 2410.17146): layer-wise scaling of the merged task vector, on top of any
+    rule. The released code scales weights, not task vectors, with interpolation, and replaces `scale` elsewhere.
+    """
+
+    alpha: float = 0.5
+    beta: float = 0.5
+
+    def factors(self, names: Iterable[str]) -> dict[str, float]:
+        """s_l by name. Blocks are resblocks.N in open_clip, blocks.N in timm, layer.N in Hugging Face models."""
+        pattern = re.compile(r"(.*?\b(?:resblocks|blocks|layers?|stages))\.(\d+)\.")
+        found = {name: (block[1], int(block[2])) for name in names if (block := pattern.match(name))}
+        last: dict[str, int] = {}  # tower -> L − 1
+        for tower, block in found.values():
+            last[tower] = max(block, last.get(tower, 1))
+        depth = {name: block / last[tower] for name, (tower, block) in found.items()}
+        return {name: self.alpha + self.beta * depth.get(name, 0.0) for name in names}
+
+
+# What a field accepts beyond its type: in words, and as a test.
+SHARE = {"accepts": ("a number in [0, 1]", lambda x: 0 <= x <= 1)}
+DENSITY = {"accepts": ("a number in (0, 1]", lambda x: 0 < x <= 1)}
+SCOPE = {"accepts": ("model or tensor", lambda x: x in ("model", "tensor"))}
+THEN = {"accepts": ("task_arithmetic or ties", lambda x: x in ("task_arithmetic", "ties"))}
+WEIGHTS = {
+    "accepts": (
+        "numbers of at least 0 that sum to 1",
+        lambda w: len(w) > 0 and min(w) >= 0 and abs(sum(w) - 1) < 1e-6,
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A merge rule; its fields are what a recipe may say of it. Every rule takes two models (old, new).
+
+    It sets `tensor`, on weights, or `each` and `combine`, on task vectors.
+    """
+
+    lines: Lines | None = None
+    scale: ClassVar[float] = 1.0  # of the merged task vector
+    feedback: ClassVar[float] = 1.0  # growth at scale 1
+    pairwise: ClassVar[bool] = False  # takes two models only
+    relative: ClassVar[bool] = True  # works on task vectors
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, (words, test) = getattr(self, f.name), f.metadata.get("accepts", ("", lambda x: True))
+            if value is not None and not test(value):
+                raise FieldError(f.name, f"expected {words}, got {value!r}")
+
+    @property
+    def name(self) -> str:
+        return next(name for name, rule in RULES.items() if rule is type(self))
+
+    @property
+    def needs_base(self) -> bool:
+        return self.relative or self.lines is not None
+
+    @property
+    def growth(self) -> float:
+        """What `init: ema` multiplies d by, in the mean square. Above 1, d grows exponentially: the trap."""
+        stretch = max(abs(self.lines.alpha), abs(self.lines.alpha + self.lines.beta)) if self.lines else 1.0
+        return self.feedback * abs(self.scale) * stretch
+
+    def plan(self, stack: Stack) -> Any:
+        """What must be known of all models before the first tensor can be merged."""
+
+    def tensor(self, name: str, thetas: Iterator[Tensor], base: Tensor | None, plan: Any) -> Tensor:
+        """One merged tensor, new memory; thetas come one by one, oldest first."""
+        taus = (self.each(theta - base, name, i, plan) for i, theta in enumerate(thetas))
+        return self.combine(taus).mul_(self.scale).add_(base)
+
+    def each(self, tau: Tensor, name: str, i: int, plan: Any) -> Tensor:
+        """What takes part of the task vector of model i (from 0); may overwrite tau."""
+        return tau
+
+    def combine(self, taus: Iterator[Tensor]) -> Tensor:
+        return reduce(Tensor.add_, taus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolate(Rule):
+    """Σ w_i θ_i,  Σ w_i = 1;  for two models  keep · old + (1 − keep) · new.
+
+    The paper's merge, section 4 (keep is its w); Wortsman et al. 2022, arXiv 2109.01903. The mean, if neither
+    keep nor weights are given. init ema: d ← d + (1 − keep) δ.
+    """
+
+    keep: float | None = field(default=None, metadata=SHARE)  # 1 returns old bit for bit, 0 returns new
+    weights: list[float] | None = field(default=None, metadata=WEIGHTS)  # w_i, oldest first
+    relative: ClassVar[bool] = False
+
+    def plan(self, stack):
+        n = len(stack.models)
+        if self.keep is None:
+            return shares(self.weights, n)
+        if n != 2 or self.weights:
+            raise FieldError("keep", f"is for two models without weights, got {n} and weights {self.weights}")
+        return [self.keep, 1 - self.keep]
+
+    def tensor(self, name, thetas, base, plan):
+        return weighted_sum(plan, thetas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slerp(Rule):
+    """sin(keep · ω) / sin ω · old + sin((1 − keep) · ω) / sin ω · new,  cos ω = ⟨old, new⟩ / (|old| |new|).
+
+    Shoemake 1985, per tensor; linear where |cos ω| > 0.9995; a zero tensor counts as orthogonal, as in
+    mergekit. In the released code the weight pulls the other way than interpolation's. init ema: as interpolate.
+    """
+
+    keep: float = field(default=0.5, metadata=SHARE)
+    pairwise: ClassVar[bool] = True
+    relative: ClassVar[bool] = False
+
+    def tensor(self, name, thetas, base, plan):
+        (old, new), w = thetas, [self.keep, 1 - self.keep]
+        cos = F.cosine_similarity(old.flatten(), new.flatten(), dim=0).item()
+        if abs(cos) <= 0.9995:
+            angle = math.acos(cos)
+            w = [math.sin(x * angle) / math.sin(angle) for x in w]
+        return weighted_sum(w, [old, new])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArithmetic(Rule):
+    """θ_0 + scale · Σ τ_i   (Ilharco et al. 2023, arXiv 2212.04089).
+
+    Weights w_i that sum to 1 put n w_i before τ_i, so equal weights change nothing.
+    init ema: d ← 2 scale · d + scale · δ, which diverges above 1/2; at 1/2 it is the mean of old and new.
+    """
+
+    scale: float = 0.5
+    weights: list[float] | None = field(default=None, metadata=WEIGHTS)
+    feedback: ClassVar[float] = 2.0
+
+    def plan(self, stack):
+        n = len(stack.models)
+        return [n * w for w in shares(self.weights, n)]
+
+    def each(self, tau, name, i, plan):
+        return tau.mul_(plan[i])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ties(Rule):
+    """θ_0 + scale · mean{τ̂_i : sign τ̂_i = sign Σ τ̂_j},  τ̂_i the k = int(density · n) largest entries of τ_i.
+
+    Yadav et al. 2023, arXiv 2306.01708: trim, elect a sign per coordinate (a sum of zero counts as positive),
+    average what has it. n counts the whole model or one tensor. The released code drops the share `density`
+    and keeps one entry too many, or more where magnitudes tie.
+    init ema: d ← scale · (mean of d and d + δ; where one is trimmed the other, where signs differ the larger).
+    """
+
+    density: float = field(default=0.2, metadata=DENSITY)
+    scale: float = 1.0
+    scope: str = field(default="model", metadata=SCOPE)
+
+    def plan(self, stack):
+        if self.scope == "model":
+            k = int(self.density * sum(math.prod(stack.kinds[name].shape) for name in stack.floats))
+            return [Largest(k, lambda i=i: stack.task_vector(i)) for i in range(len(stack.models))]
+
+    def each(self, tau, name, i, plan):
+        largest = plan[i] if plan else Largest(int(self.density * tau.numel()), lambda: [tau])
+        return tau.mul_(largest.mask(tau))
+
+    def combine(self, taus):
+        return elect_and_average(taus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dare(Rule):
+    """τ̂_i = m_i ⊙ τ_i / density,  m_i ~ Bernoulli(density),  then task_arithmetic or ties without trimming.
+
+    Yu et al. 2024, arXiv 2311.03099. m_i is a function of (seed, i, tensor name); the released code draws a
+    fixed number of entries from an unseeded generator. init ema: as the rule it ends in, on average; but the
+    noise of rescaling grows with d (see feedback), and a seed that stays drops the same entries each time.
+    """
+
+    density: float = field(default=0.2, metadata=DENSITY)
+    scale: float = 0.25  # stable under init ema at this density
+    seed: int = 0
+    then: str = field(default="task_arithmetic", metadata=THEN)
+
+    @property
+    def feedback(self):
+        """Fresh masks: √E[(m_1 + m_2)²] / density, under ties √P(m_1 or m_2) / density."""
+        square = 2 + 2 * self.density if self.then == "task_arithmetic" else 2 - self.density
+        return math.sqrt(square / self.density)
+
+    def each(self, tau, name, i, plan):
+        generator = torch.Generator().manual_seed(crc32(f"{self.seed} {i} {name}".encode()))
+        kept = torch.rand(tau.shape, generator=generator) < self.density
+        return tau.mul_(kept.to(tau.device)).div_(self.density)
+
+    def combine(self, taus):
+        return elect_and_average(taus) if self.then == "ties" else reduce(Tensor.add_, taus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breadcrumbs(Rule):
+    """Ties on τ̂_i = τ_i without its int(outliers · n) largest entries, and the int(density · n) next ones kept.
+
+    Davari & Belilovsky 2024, arXiv 2312.06795, per tensor and counted as in mergekit: where both shares exceed
+    1 together, fewer outliers go. The released code trims each row, and sums what agrees. init ema: as ties.
+    """
+
+    density: float = field(default=0.2, metadata=DENSITY)
+    outliers: float = field(default=0.01, metadata=SHARE)
+    scale: float = 1.0
+
+    def each(self, tau, name, i, plan):
+        k = int(self.density * tau.numel())
+        dropped = min(int(self.outliers * tau.numel()), tau.numel() - k)
+        wide, top = Largest(k + dropped, lambda: [tau]), Largest(dropped, lambda: [tau])
+        return tau.mul_(wide.mask(tau) ^ top.mask(tau))
+
+    def combine(self, taus):
+        return elect_and_average(taus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MagMax(Rule):
+    """θ_0 + scale · τ_m,  m = argmax_i |τ_i| per coordinate, where the newer wins a tie.
+
+    Marczak et al. 2024, arXiv 2407.06322. In the released code the older wins.
+    init ema: d ← scale · (the larger of d and d + δ).
+    """
+
+    scale: float = 1.0
+
+    def combine(self, taus):
+        return reduce(lambda old, new: torch.where(new.abs() >= old.abs(), new, old), taus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStock(Rule):
+    """t · mean θ_i + (1 − t) · θ_0,  t = n c / (1 + (n − 1) c);  for two models  t = 2c / (1 + c).
+
+    Jang et al. 2024, arXiv 2403.19522, per tensor. c is the mean cosine of all pairs of task vectors, from the
+    sum of directions r = Σ τ_i / |τ_i|:  |r|² = n + n (n − 1) c. Where they cancel (the pole of t: a logit
+    scale that moved both ways) the result is θ_0. The released code knows two models. init ema: d ← t (d + δ/2).
+    """
+
+    def combine(self, taus):
+        total, directions, moved, n = 0, 0, 0, 0
+        for tau in taus:
+            length = tau.norm()
+            total += tau
+            directions += tau / length if length > 0 else tau
+            moved, n = moved + int(length > 0), n + 1
+        c = (directions.square().sum().item() - moved) / (n * (n - 1)) if n > 1 else 1.0
+        pole = 1 + (n - 1) * c
+        return total.mul_(c / pole if pole > 1e-6 else 0.0)  # t · total / n
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opcm(Rule):
+    """θ_0 + A_n · mean |τ_i| / |A_n|,  A_1 = τ_1,  A_i = A_{i−1} + P(τ_i),  P removes what A_{i−1} holds.
+
+    Tang et al. 2025, arXiv 2501.09522. Per matrix, A = U S Vᵀ: P projects out the leading directions, left and
+    right, that hold the share alpha of Σ S, then what is left along any u_i v_iᵀ, so that ⟨P(τ), A⟩ = 0. Other
+    tensors are added up. Norms are the whole model's; of the paper's rescalings only the last one matters. The
+    authors' code clears only the block where both directions lead. Holds one model's size.
+    init ema: d ← d + P(δ) in matrices but 2 d + δ elsewhere; meant for experts that start from θ_0.
+    """
+
+    alpha: float = field(default=0.5, metadata=SHARE)
+    feedback: ClassVar[float] = 2.0
+
+    def plan(self, stack):
+        merged, squares = {}, [0.0] * len(stack.models)
+        for name in stack.floats:
+            base = stack.read(stack.base, name)
+            for i, model in enumerate(stack.models):
+                tau = stack.read(model, name) - base
+                squares[i] += tau.square().sum().item()
+                merged[name] = merged[name] + self.project(tau, merged[name]) if i else tau
+        norm = math.sqrt(sum(a.square().sum().item() for a in merged.values()))
+        return merged, sum(map(math.sqrt, squares)) / len(squares) / norm if norm else 0.0
+
+    def project(self, tau, merged):
+        if tau.ndim != 2 or not merged.any():
+            return tau
+        u, s, vt = torch.linalg.svd(merged, full_matrices=False)
+        r = 1 + int((s.cumsum(0) < self.alpha * s.sum()).sum())
+        tau = tau - u[:, :r] @ (u[:, :r].T @ tau)
+        tau = tau - (tau @ vt[:r].T) @ vt[:r]
+        return tau - (u * torch.einsum("mi,mn,in->i", u, tau, vt)) @ vt
+
+    def tensor(self, name, thetas, base, plan):
+        merged, scale = plan
+        return merged.pop(name).mul_(scale).add_(base)
+
+
+RULES: dict[str, type[Rule]] = {
+    "interpolate": Interpolate,
+    "slerp": Slerp,
+    "task_arithmetic": TaskArithmetic,
+    "ties": Ties,
+    "dare": Dare,
+    "breadcrumbs": Breadcrumbs,
+    "magmax": MagMax,
+    "model_stock": ModelStock,
+    "opcm": Opcm,
+}
+
+
+def build_rule(spec: dict, where: str = "") -> Rule:
+    """{"rule": "ties", "density": 0.2} -> Ties(density=0.2); `where` is spec's dotted path, for messages."""
+    prefix = f"{where}." if where else ""
+    one_of(f"{prefix}rule", spec.get("rule"), tuple(RULES))
+    try:
+        return build(RULES[spec["rule"]], {key: v for key, v in spec.items() if key != "rule"}, where)
+    except FieldError as error:  # a rule's own checks do not know where
+        name, _, problem = str(error).partition(": ")
+        raise FieldError(name if name.startswith(prefix) else prefix + name, problem) from None
+
+
+RECENCY: dict[str, Callable[[int, int], float]] = {
+    "equal": lambda i, n: 1.0,
+    "linear": lambda i, n: i,
+    "sqrt": lambda i, n: i**0.5,
+    "square": lambda i, n: i**2,
+    "cube": lambda i, n: i**3,
+    "pow5": lambda i, n: i**5,
+    "pow10": lambda i, n: i**10,
+    "exp2": lambda i, n: 2.0 ** (i - n),  # ∝ 2^i, and never too large
+    "log": lambda i, n: math.log(i + 1),
+}
+
+
+def recency(kind: str, n: int) -> list[float]:
+    """Weights for n models, oldest first, sum 1: a name in RECENCY or reversed_NAME."""
+    one_of("recency", kind, (*RECENCY, *(f"reversed_{name}" for name in RECENCY)))
+    raw = [RECENCY[kind.removeprefix("reversed_")](i, n) for i in range(1, n + 1)]
+    return [w / sum(raw) for w in (reversed(raw) if kind.startswith("reversed_") else raw)]
+
+
+class Largest:
+    """The k entries of largest magnitude in a stream of tensors: exactly k, in constant memory.
+
+    Magnitudes of floats sort like their bit patterns, so two histograms find the k-th largest: of the upper 16
+    bits, then of the lower 15 within its bin. Of the entries equal to it, the first in the stream are taken.
+    `stream` is called once per histogram; `mask` wants the same tensors in the same order.
+    """
+
+    def __init__(self, k: int, stream: Callable[[], Iterable[Tensor]]):
+        high, k = kth_largest((b >> 15 for t in stream() for b in bits(t)), 16, k)
+        inside = (b[b >> 15 == high] & 0x7FFF for t in stream() for b in bits(t))
+        low, self.ties = kth_largest(inside, 15, k)
+        self.threshold = high << 15 | low
+
+    def mask(self, tensor: Tensor) -> Tensor:
+        masks = []
+        for b in bits(tensor):
+            masks.append(b >= self.threshold)
+            equal = (b == self.threshold).nonzero().flatten()
+            masks[-1][equal[self.ties :]] = False
+            self.ties = max(0, self.ties - len(equal))
+        return torch.cat(masks).view(tensor.shape)
+
+
+def bits(tensor: Tensor) -> Iterator[Tensor]:
+    """Magnitudes as integers in the same order, in flat pieces that fit the cache."""
+    for piece in tensor.flatten().split(1 << 18):
+        yield piece.float().view(torch.int32) & 0x7FFFFFFF
+
+
+def kth_largest(stream: Iterable[Tensor], width: int, k: int) -> tuple[int, int]:
+    """-> (the k-th largest of a stream of integers below 2^width, how many of its equals are in the k)."""
+    histogram = torch.zeros(1 << width, dtype=torch.int64)
+    for values in stream:
+        histogram += torch.bincount(values, minlength=1 << width).cpu()
+    at_least = histogram.flip(0).cumsum(0).flip(0)  # [v]: how many are v or larger
+    value = int((at_least >= k).sum()) - 1
+    return value, k - int(at_least[value] - histogram[value])
+
+
+def elect_and_average(taus: Iterator[Tensor]) -> Tensor:
+    """Per coordinate, the mean of the values that have the sign of the sum; zeros do not count."""
+    total = next(taus)
+    up, ups, downs = total.clamp(min=0), (total > 0).short(), (total < 0).short()
+    for tau in taus:
+        total += tau
+        ups += tau > 0
+        downs += tau < 0
+        up += tau.clamp_(min=0)
+    positive = total >= 0
+    return torch.where(positive, up, total.sub_(up)).div_(torch.where(positive, ups, downs).clamp_(min=1))
+
+
+def weighted_sum(weights: Sequence[float], tensors: Iterable[Tensor]) -> Tensor:
+    """Σ w_i x_i, new memory. What has no weight is left out, so weights 0 and 1 give a tensor bit for bit."""
+    total = None
+    for w, x in zip(weights, tensors, strict=True):
+        if w:
+            total = x * w if total is None else total.add_(x, alpha=w)
+    return total
+
+
+def shares(weights: list[float] | None, n: int) -> list[float]:
+    if weights and len(weights) != n:
+        raise FieldError("weights", f"expected one for each of {n} models, got {weights}")
+    return weights or [1 / n] * n
