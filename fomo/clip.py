@@ -3,23 +3,38 @@
 Shapes: B pairs in a batch, L tokens of text, S image side, D embedding width.
 """
 
+import difflib
 import json
 import os
 import pickle
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg
 from open_clip.transformer import text_global_pool
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fomo.errors import UserError
 
+# What reading a file that is no checkpoint, or a failed download, may raise.
+NOT_TENSORS = (
+    RuntimeError,
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    AttributeError,
+    StopIteration,
+    SafetensorError,
+)
+NOT_TENSORS += (pickle.UnpicklingError,)
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 
 
@@ -156,9 +171,9 @@ def load(name: str | None, pretrained: str | None) -> Clip:
                 name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
             )
             tokenizer = open_clip.get_tokenizer(name)
-    except (RuntimeError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
+    except NOT_TENSORS as error:
         what = f"{name}/{pretrained}" if pretrained else name
-        raise UserError(f"model {what}: cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"model {what}: cannot be loaded: {one_line(error)}") from None
     return finish(model, config, tokenizer)
 
 
@@ -166,9 +181,7 @@ def new(config: dict, seed: int) -> Clip:
     """A model with random weights from open_clip's model_cfg, the same for the same seed."""
     torch.manual_seed(seed)
     model = open_clip.CLIP(**config)
-    open_clip.model.set_model_preprocess_cfg(
-        model, {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    )
+    open_clip.model.set_model_preprocess_cfg(model, asdict(PreprocessCfg()))
     tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
     return finish(model, {"model_cfg": config}, tokenizer)
 
@@ -182,14 +195,16 @@ def finish(model: nn.Module, config: dict, tokenizer: object) -> Clip:
     return Clip(model, config, tokenizer)
 
 
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def tag_config(name: str, pretrained: str | None) -> dict:
     known = pretrained and open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained)
     return known or {}
 
 
 def check_name(name: str, pretrained: str | None) -> None:
-    import difflib
-
     if name not in open_clip.list_models():
         near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
         hint = f", nearest: {', '.join(near)}" if near else ""
@@ -203,23 +218,15 @@ def check_name(name: str, pretrained: str | None) -> None:
 def architecture_of(checkpoint: str) -> str:
     """The open_clip architecture whose tensors have the names and shapes of a checkpoint's."""
     try:
-        shapes = {n: tuple(t.shape) for n, t in open_clip.load_state_dict(checkpoint).items()}
-    except (
-        RuntimeError,
-        OSError,
-        EOFError,
-        ValueError,
-        AttributeError,
-        StopIteration,
-        pickle.UnpicklingError,
-    ) as error:
-        raise UserError(
-            f"model {checkpoint}: not a file of tensors: {' '.join(str(error).split())[:200]}"
-        ) from None
+        shapes = {n: tuple(t.shape) for n, t in open_clip.factory.load_state_dict(checkpoint).items()}
+    except NOT_TENSORS as error:
+        raise UserError(f"model {checkpoint}: not a file of tensors: {one_line(error)}") from None
     for name in open_clip.list_models():
         if plausible(open_clip.get_model_config(name), shapes):
+            config = open_clip.get_model_config(name)
+            kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
             with torch.device("meta"):
-                model = open_clip.create_model(name, load_weights=False, pretrained_text=False)
+                model = kind(**config)
             if {n: tuple(t.shape) for n, t in model.state_dict().items()} == shapes:
                 return name
     raise UserError(

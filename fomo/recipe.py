@@ -177,17 +177,16 @@ class Recipe:
             raise FieldError(
                 "optimizer.lr", f"not given, and scale {self.scale} has no default for this method"
             )
+        if self.steps < 1:
+            size = self.optimizer.batch_size
+            raise FieldError("budget.samples", f"{self.budget.samples} is less than one batch of {size}")
 
     @property
     def steps(self) -> int:
         """Optimizer steps per update (N)."""
         if self.budget.steps is not None:
             return self.budget.steps
-        steps = self.budget.samples // self.optimizer.batch_size
-        if steps < 1:
-            size = self.optimizer.batch_size
-            raise FieldError("budget.samples", f"{self.budget.samples} is less than one batch of {size}")
-        return steps
+        return self.budget.samples // self.optimizer.batch_size
 
 
 def one_of(name: str, value: str, accepted: tuple) -> None:
@@ -297,8 +296,6 @@ def load(
     overrides: typing.Sequence[str] = (),
 ) -> Recipe:
     """Read a recipe with its scale and the command line's overrides ("key.path=value")."""
-    from fomo.methods import build_method  # methods are built from recipes and import this module
-
     recipe_path = Path(path) if path else None
     said = read_yaml(recipe_path) if recipe_path else {}
     if recipe_path and isinstance(said.get("data"), str):
@@ -319,11 +316,9 @@ def load(
     values = merged(merged(merged(sized, said), line), {"scale": str(scale_name)})
     origins = [("command line", line), (str(recipe_path), said), (str(scale_path), sized)]
     try:
-        recipe = build(Recipe, with_defaults(values, defaults))
-        build_method(recipe.method)
+        return build(Recipe, with_defaults(values, defaults))
     except FieldError as error:
         raise UserError(f"{origin_of(error.field, origins)}: {error}") from None
-    return recipe
 
 
 def load_scale(name: str) -> tuple[Path, dict, dict]:
@@ -380,9 +375,10 @@ def merged(low: dict, high: dict) -> dict:
 
 def with_defaults(values: dict, defaults: dict) -> dict:
     """Fill in the scale's `defaults` (lr by innermost method, keep) where the recipe leaves them open."""
-    from fomo.methods import accepted_fields, innermost  # as in load
+    from fomo.methods import accepted_fields, build_method, innermost  # methods import this module
 
     method = values.get("method", {"name": "finetune"})
+    build_method(method)  # its own checks
     values = merged({"method": method, "optimizer": {}}, values)
     lr = defaults.get("lr", {}).get(innermost(method))
     if isinstance(values["optimizer"], dict) and values["optimizer"].get("lr") is None and lr is not None:

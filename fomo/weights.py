@@ -95,7 +95,8 @@ class Stack:
     def read(self, weights: Weights, name: str) -> Tensor:
         """In float32; only float64 stays what it is."""
         kind = self.kinds[name]
-        return weights[name].detach().to(kind.device, torch.promote_types(kind.dtype, torch.float32))
+        tensor = weights[name].detach().contiguous()
+        return tensor.to(kind.device, torch.promote_types(kind.dtype, torch.float32))
 
     def task_vector(self, i: int) -> Iterator[Tensor]:
         return (self.read(self.models[i], name) - self.read(self.base, name) for name in self.floats)
@@ -275,7 +276,7 @@ class Ties(Rule):
 
     def each(self, tau, name, i, plan):
         largest = plan[i] if plan else Largest(int(self.density * tau.numel()), lambda: [tau])
-        return tau.mul_(largest.mask(tau))
+        return largest.zero(tau, others=True)
 
     def combine(self, taus):
         return elect_and_average(taus)
@@ -303,8 +304,8 @@ class Dare(Rule):
 
     def each(self, tau, name, i, plan):
         generator = torch.Generator().manual_seed(crc32(f"{self.seed} {i} {name}".encode()))
-        kept = torch.rand(tau.shape, generator=generator) < self.density
-        return tau.mul_(kept.to(tau.device)).div_(self.density)
+        dropped = torch.rand(tau.shape, generator=generator) >= self.density
+        return tau.masked_fill_(dropped.to(tau.device), 0).div_(self.density)
 
     def combine(self, taus):
         return elect_and_average(taus) if self.then == "ties" else reduce(Tensor.add_, taus)
@@ -325,8 +326,8 @@ class Breadcrumbs(Rule):
     def each(self, tau, name, i, plan):
         k = int(self.density * tau.numel())
         dropped = min(int(self.outliers * tau.numel()), tau.numel() - k)
-        wide, top = Largest(k + dropped, lambda: [tau]), Largest(dropped, lambda: [tau])
-        return tau.mul_(wide.mask(tau) ^ top.mask(tau))
+        Largest(dropped, lambda: [tau]).zero(tau)
+        return Largest(k, lambda: [tau]).zero(tau, others=True)
 
     def combine(self, taus):
         return elect_and_average(taus)
@@ -455,29 +456,35 @@ class Largest:
 
     Magnitudes of floats sort like their bit patterns, so two histograms find the k-th largest: of the upper 16
     bits, then of the lower 15 within its bin. Of the entries equal to it, the first in the stream are taken.
-    `stream` is called once per histogram; `mask` wants the same tensors in the same order.
+    `stream` is called once per histogram; then `zero` wants the same tensors in the same order.
     """
 
     def __init__(self, k: int, stream: Callable[[], Iterable[Tensor]]):
-        high, k = kth_largest((b >> 15 for t in stream() for b in bits(t)), 16, k)
-        inside = (b[b >> 15 == high] & 0x7FFF for t in stream() for b in bits(t))
-        low, self.ties = kth_largest(inside, 15, k)
+        high, k = kth_largest((bits(p) >> 15 for t in stream() for p in pieces(t)), 16, k)
+        patterns = (bits(p) for t in stream() for p in pieces(t))
+        low, self.ties = kth_largest((b[b >> 15 == high] & 0x7FFF for b in patterns), 15, k)
         self.threshold = high << 15 | low
 
-    def mask(self, tensor: Tensor) -> Tensor:
-        masks = []
-        for b in bits(tensor):
-            masks.append(b >= self.threshold)
-            equal = (b == self.threshold).nonzero().flatten()
-            masks[-1][equal[self.ties :]] = False
+    def zero(self, tensor: Tensor, others: bool = False) -> Tensor:
+        """Set the k entries, or all others, to zero in place."""
+        for piece in pieces(tensor):
+            pattern = bits(piece)
+            chosen = pattern >= self.threshold
+            equal = (pattern == self.threshold).nonzero().flatten()
+            chosen[equal[self.ties :]] = False
             self.ties = max(0, self.ties - len(equal))
-        return torch.cat(masks).view(tensor.shape)
+            piece.masked_fill_(~chosen if others else chosen, 0)
+        return tensor
 
 
-def bits(tensor: Tensor) -> Iterator[Tensor]:
-    """Magnitudes as integers in the same order, in flat pieces that fit the cache."""
-    for piece in tensor.flatten().split(1 << 18):
-        yield piece.float().view(torch.int32) & 0x7FFFFFFF
+def pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Flat views that fit the processor's cache."""
+    return tensor.view(-1).split(1 << 18)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Magnitudes as integers in the same order."""
+    return tensor.float().view(torch.int32) & 0x7FFFFFFF
 
 
 def kth_largest(stream: Iterable[Tensor], width: int, k: int) -> tuple[int, int]:
@@ -499,8 +506,11 @@ def elect_and_average(taus: Iterator[Tensor]) -> Tensor:
         ups += tau > 0
         downs += tau < 0
         up += tau.clamp_(min=0)
-    positive = total >= 0
-    return torch.where(positive, up, total.sub_(up)).div_(torch.where(positive, ups, downs).clamp_(min=1))
+        del tau  # before the next one is made
+    positive, down = total >= 0, total.sub_(up)
+    return torch.where(positive, up, down, out=up).div_(
+        torch.where(positive, ups, downs, out=ups).clamp_(min=1)
+    )
 
 
 def weighted_sum(weights: Sequence[float], tensors: Iterable[Tensor]) -> Tensor:

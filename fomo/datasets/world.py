@@ -20,7 +20,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from itertools import cycle
 from typing import Any
 from zlib import crc32
 
@@ -529,28 +528,32 @@ def caption(
 ) -> str:
     """A sentence about the same picture: always its class name, sometimes what it looks like."""
     rng, look = begin(domain, concept, index, split, seed, style)
-    template, colour, trait, absent = rng.random(4)
+    template, telling, trait, word = rng.random(4)
+    colours = DOMAINS[domain].colours if look.style not in COLOURLESS else "hidden"
     noun = DOMAINS[domain].noun.format(concept)
-    if DOMAINS[domain].colours == "told" and look.style not in COLOURLESS and colour < 0.4:
-        noun = f"{look.ink} {noun}" if colour < 0.25 else f"{noun} on {look.ground}"
+    if colours == "told" and telling < 0.4:
+        noun = f"{look.ink} {noun}" if telling < 0.25 else f"{noun} on {look.ground}"
+    elif colours in ("told", "untold") and telling > 0.8 and DOMAINS[domain].kind == "base":
+        names = paints()[look.ink, look.ground]
+        noun = f"{noun} in {names[int(word * len(names))]} paint"
     elif trait < 0.3 and look.style in STYLE_WORDS:
         noun = f"{STYLE_WORDS[look.style]} {noun}"
     elif trait < 0.3 and not 0.9 < look.size < 1.05:
         noun = f"{'large' if look.size > 1 else 'little'} {noun}"
-    if (domain, concept) in absent_words() and absent < 0.15:
-        noun = f"{noun}, not {absent_words()[domain, concept]}"
     return TEMPLATES[int(template * len(TEMPLATES))].format(noun)
 
 
 @cache
-def absent_words() -> dict[tuple[str, str], str]:
-    """One adaptation class name for each base (domain, concept); the picture does not show it.
+def paints() -> dict[tuple[str, str], list[str]]:
+    """Each (ink, ground) has a paint or two named after an adaptation class: "the house in Kestria paint."
 
-    Some base captions name it ("the house, not Kestria."). A text tower that has never read a word cannot
-    tell it from others, and a method that locks this tower could then learn nothing.
+    Base captions so give these words a meaning, though another one: a text tower that has never needed a word
+    cannot tell it from others, and a method that locks this tower could then learn nothing.
     """
-    words = cycle(concept for d in ALL_DOMAINS if d.kind == "adaptation" for concept in d.concepts)
-    return {(d.name, concept): next(words) for d in ALL_DOMAINS if d.kind == "base" for concept in d.concepts}
+    schemes = [*PAIRS, *((light, dark) for dark, light in PAIRS)]
+    adaptation = [d.concepts for d in ALL_DOMAINS if d.kind == "adaptation"]
+    words = [name for same_rank in zip(*adaptation, strict=True) for name in same_rank]
+    return {scheme: words[i :: len(schemes)] for i, scheme in enumerate(schemes)}
 
 
 def begin(domain: str, concept: str, index: int, split: str, seed: int, style: str):

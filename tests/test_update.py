@@ -1,0 +1,139 @@
+"""The loop and the command line, as a user meets them."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from fomo.clip import load as load_model
+from fomo.recipe import load
+from fomo.update import batches_of, open_material
+
+ROOT = Path(__file__).parents[1]
+
+
+def invoke(*arguments):
+    cli = runpy.run_path(str(ROOT / "fomo.py"))["cli"]
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
+
+
+def test_a_life_leaves_what_the_contract_says(small_scale, tmp_path):
+    out = tmp_path / "run"
+    done = invoke("update", "--recipe", ROOT / "recipes/merge.yaml", "--scale", small_scale, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "KA " in done.stdout and "ZS " in done.stdout and str(out / "report.html") in done.stdout
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [0, 1, 2, 3]
+    assert [line["samples"] for line in lines] == [0, 48, 96, 144]
+    for line in lines:
+        assert set(line["datasets"]) == {"symbols", "flags", "shapes-inverted"}
+        assert line["ka"] == pytest.approx((line["datasets"]["symbols"] + line["datasets"]["flags"]) / 2)
+        assert line["zs"] == line["datasets"]["shapes-inverted"]
+        assert line["gm"] == pytest.approx((line["ka"] * line["zs"]) ** 0.5)
+    for name in ("recipe.yaml", "report.html", "plane.png", "train.jsonl"):
+        assert (out / name).stat().st_size
+    assert len(list((out / "state").glob("*.pt"))) == 2
+    last = load_file(out / "weights/update_003.safetensors")
+    deployed = load_model(None, str(out / "model")).model.state_dict()
+    assert all(torch.equal(last[name], deployed[name]) for name in last)
+    again = load(out / "recipe.yaml")
+    assert again.method["keep"] == 0.5 and again.steps == 4
+
+
+def test_the_first_weights_are_the_untouched_model(small_scale, tmp_path):
+    out = tmp_path / "run"
+    assert invoke("update", "--scale", small_scale, "--out", out).exit_code == 0
+    again = tmp_path / "again"
+    done = invoke("update", "--scale", small_scale, "--model", out / "model", "--out", again)
+    assert done.exit_code == 0, done.output
+    start, end = (
+        load_file(again / "weights/update_000.safetensors"),
+        load_file(out / "weights/update_003.safetensors"),
+    )
+    assert all(torch.equal(start[name], end[name]) for name in end)
+
+
+def test_eval_prints_one_json_document(small_scale):
+    done = invoke("eval", "--scale", small_scale, "--json")
+    assert done.exit_code == 0, done.output
+    scores = json.loads(done.stdout)
+    assert set(scores) == {"ka", "zs", "gm", "datasets"}
+    assert set(scores["datasets"]["flags"]) == {"metric", "score", "n", "stderr"}
+
+
+def test_pools_of_an_update_hold_its_concepts_and_the_buffer_all_before(small_scale):
+    recipe = load(None, scale=str(small_scale))
+    from fomo.pretrain import starting_model
+
+    material = open_material(recipe, starting_model(recipe.model, torch.device("cpu")))
+    assert sorted(len(concepts) for concepts in material.stream) == [6, 7, 7]
+    everything = [c for concepts in material.stream for c in concepts]
+    assert len(set(everything)) == 20
+    second = {name: pool for name, pool, _ in batches_of(material, recipe, 1).draws}
+    assert len(second["update"]) == 6 * len(material.stream[1])
+    assert len(second["buffer"]) == 6 * len(material.stream[0])
+    assert not set(second["update"].numbers) & set(second["buffer"].numbers)
+    first = {name: count for name, _, count in batches_of(material, recipe, 0).draws}
+    assert first == {"pretraining": 6, "update": 6}
+
+
+MISTAKES = {
+    "misspelt key": (["--set", "optimiser.lr=1"], "did you mean optimizer?"),
+    "missing recipe": (["--recipe", "gone.yaml"], "gone.yaml: no such file"),
+    "missing data": (["--data", "gone.yaml"], "gone.yaml: no such file"),
+    "lr: fast": (["--set", "optimizer.lr=fast"], "expected a number, got 'fast'"),
+    "shares of 1.2": (["--set", "mixture.update=0.54"], "must sum to 1, got 1.2"),
+    "unknown method": (["--set", "method.name=forget"], "unknown 'forget', accepted: finetune, merge"),
+    "unwritable": (["--out", "/proc/nope/run"], "cannot be written"),
+    "unknown model": (["--model", "ViT-B-23/openai"], "nearest: "),
+    "too many updates": (["--set", "stream.updates=21"], "21 updates need as many concepts, the data has 20"),
+    "device": (["--device", "mps"], "not available here"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(name, small_scale, tmp_path):
+    arguments, expected = MISTAKES[name]
+    base = ["update", "--scale", small_scale, "--out", tmp_path / "run"]
+    done = invoke(*base, *arguments)
+    assert done.exit_code == 2, done.output
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert expected in lines[-1] and lines[-1].startswith("fomo: ")
+    assert "Traceback" not in done.output
+    assert not list(tmp_path.glob("run/*"))
+
+
+def test_an_existing_run_needs_resume(small_scale, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/notes.txt").write_text("mine")
+    done = invoke("update", "--scale", small_scale, "--out", tmp_path / "run")
+    assert done.exit_code == 2 and "--resume" in done.stderr
+
+
+@pytest.mark.slow
+def test_real_pictures_and_a_model_that_open_clip_saved(real_data, tmp_path):
+    """A ViT-B-32 with random weights, as a plain checkpoint file, takes two steps on the real pictures."""
+    import open_clip
+
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model("ViT-B-32").state_dict(), tmp_path / "vit.pt")
+    small = ["stream.updates=2", "budget.steps=1", "optimizer.batch_size=8", "evaluation.subset=0.01"]
+    data = tmp_path / "some.yaml"
+    data.write_text(
+        "adaptation:\n  bccd: {source: webdataset, train: '%s/bccd/train.tar', test: '%s/bccd/test.tar'}\n"
+        % (real_data, real_data)
+    )
+    done = invoke(
+        "update", "--recipe", ROOT / "recipes/merge.yaml", "--model", tmp_path / "vit.pt", "--data", data,
+        "--out", tmp_path / "run", *(part for s in small for part in ("--set", s)),
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "no pretraining pool" in done.stderr
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/run/model")
+    assert torch.equal(
+        model.visual.proj, load_file(tmp_path / "run/weights/update_002.safetensors")["visual.proj"]
+    )
