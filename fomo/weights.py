@@ -22,15 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fomo.errors import FieldError, UserError
-from fomo.recipe import build, one_of
+from fomo.errors import UserError
+from fomo.recipe import FieldError, build, one_of
 
 Weights = Mapping[str, Tensor]
+Named = Iterator[tuple[str, Tensor]]
 
 
-def merge(
-    rule: "Rule", models: Sequence[Weights], base: Weights | None = None
-) -> Iterator[tuple[str, Tensor]]:
+def merge(rule: "Rule", models: Sequence[Weights], base: Weights | None = None) -> Named:
     """Yield (name, merged tensor), sorted by name; checks and passes over whole models come before the first.
 
     Arithmetic is float32, on the device of the newest model; results have its dtypes. Integer buffers are
@@ -45,7 +44,7 @@ def merge(
     return merged_tensors(rule, stack, rule.plan(stack))
 
 
-def merged_tensors(rule: "Rule", stack: "Stack", plan: Any) -> Iterator[tuple[str, Tensor]]:
+def merged_tensors(rule: "Rule", stack: "Stack", plan: Any) -> Named:
     layer_scale = rule.lines.factors(stack.kinds) if rule.lines else {}
     for name, kind in stack.kinds.items():
         if not kind.dtype.is_floating_point:
@@ -68,25 +67,22 @@ class Stack:
     """Models that agree in names and shapes, oldest first, and their base; `kinds` are those of the newest."""
 
     def __init__(self, models: Sequence[Weights], base: Weights | None):
-        self.models, self.base = models, base
+        self.models, self.base, newest = models, base, f"model {len(models)}"
         self.kinds = {name: kind_of(models[-1][name]) for name in sorted(models[-1])}
         for i, model in enumerate(models[:-1], 1):
-            self.compare(model, f"model {i}", f"model {len(models)}")
+            self.compare(model, f"model {i}", newest)
         if base is not None:
-            self.compare(base, "base", f"model {len(models)}")
+            self.compare(base, "base", newest)
 
     def compare(self, other: Weights, label: str, newest: str) -> None:
         if odd := sorted(set(other) ^ set(self.kinds)):
             first = ", ".join(f"{name} only in {label if name in other else newest}" for name in odd[:3])
             raise UserError(f"models differ in {len(odd)} tensor names: {first}")
         for name, kind in self.kinds.items():
-            found = kind_of(other[name])
-            if found[:1] != kind[:1] or found.dtype.is_floating_point != kind.dtype.is_floating_point:
-                here, there = (
-                    f"{found.shape} {found.dtype} in {label}",
-                    f"{kind.shape} {kind.dtype} in {newest}",
-                )
-                raise UserError(f"models differ in tensor {name}: {here}, {there}")
+            shape, dtype, _ = kind_of(other[name])
+            if shape != kind.shape or dtype.is_floating_point != kind.dtype.is_floating_point:
+                found, wanted = f"{shape} {dtype} in {label}", f"{kind.shape} {kind.dtype} in {newest}"
+                raise UserError(f"models differ in tensor {name}: {found}, {wanted}")
 
     @property
     def floats(self) -> list[str]:
@@ -94,8 +90,7 @@ class Stack:
 
     def read(self, weights: Weights, name: str) -> Tensor:
         """In float32; only float64 stays what it is."""
-        kind = self.kinds[name]
-        tensor = weights[name].detach().contiguous()
+        tensor, kind = weights[name].detach().contiguous(), self.kinds[name]
         return tensor.to(kind.device, torch.promote_types(kind.dtype, torch.float32))
 
     def task_vector(self, i: int) -> Iterator[Tensor]:
@@ -111,14 +106,14 @@ class Lines:
     """θ_0 + s_l (θ − θ_0),  s_l = α + β l / (L − 1) in block l of the L of its tower, α outside blocks.
 
     LiNeS (Wang et al. 2024, arXiv 2410.17146): layer-wise scaling of the merged task vector, on top of any
-    rule. The released code scales weights, not task vectors, with interpolation, and replaces `scale` elsewhere.
+    rule. The released code scales weights, not task vectors, with interpolation, and elsewhere drops `scale`.
     """
 
     alpha: float = 0.5
     beta: float = 0.5
 
     def factors(self, names: Iterable[str]) -> dict[str, float]:
-        """s_l by name. Blocks are resblocks.N in open_clip, blocks.N in timm, layer.N in Hugging Face models."""
+        """s_l by name. Blocks are resblocks.N in open_clip, blocks.N in timm, layer.N in Hugging Face."""
         pattern = re.compile(r"(.*?\b(?:resblocks|blocks|layers?|stages))\.(\d+)\.")
         found = {name: (block[1], int(block[2])) for name in names if (block := pattern.match(name))}
         last: dict[str, int] = {}  # tower -> L − 1
@@ -128,24 +123,23 @@ class Lines:
         return {name: self.alpha + self.beta * depth.get(name, 0.0) for name in names}
 
 
-# What a field accepts beyond its type: in words, and as a test.
-SHARE = {"accepts": ("a number in [0, 1]", lambda x: 0 <= x <= 1)}
-DENSITY = {"accepts": ("a number in (0, 1]", lambda x: 0 < x <= 1)}
-SCOPE = {"accepts": ("model or tensor", lambda x: x in ("model", "tensor"))}
-THEN = {"accepts": ("task_arithmetic or ties", lambda x: x in ("task_arithmetic", "ties"))}
-WEIGHTS = {
-    "accepts": (
-        "numbers of at least 0 that sum to 1",
-        lambda w: len(w) > 0 and min(w) >= 0 and abs(sum(w) - 1) < 1e-6,
-    )
-}
+def accepts(words: str, test: Callable[[Any], bool]) -> dict:
+    """What a field accepts beyond its type, as its metadata."""
+    return {"accepts": (words, test)}
+
+
+SHARE = accepts("a number in [0, 1]", lambda x: 0 <= x <= 1)
+DENSITY = accepts("a number in (0, 1]", lambda x: 0 < x <= 1)
+SCOPE = accepts("model or tensor", {"model", "tensor"}.__contains__)
+THEN = accepts("task_arithmetic or ties", {"task_arithmetic", "ties"}.__contains__)
+SUM_1 = accepts("numbers from 0 that sum to 1", lambda w: min(w, default=-1) >= 0 and abs(sum(w) - 1) < 1e-6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """A merge rule; its fields are what a recipe may say of it. Every rule takes two models (old, new).
 
-    It sets `tensor`, on weights, or `each` and `combine`, on task vectors.
+    It defines `tensor`, on weights, or `each` and `combine`, on task vectors.
     """
 
     lines: Lines | None = None
@@ -170,7 +164,7 @@ class Rule:
 
     @property
     def growth(self) -> float:
-        """What `init: ema` multiplies d by, in the mean square. Above 1, d grows exponentially: the trap."""
+        """What `init: ema` multiplies d by, root mean square. Above 1, d grows exponentially: the trap."""
         stretch = max(abs(self.lines.alpha), abs(self.lines.alpha + self.lines.beta)) if self.lines else 1.0
         return self.feedback * abs(self.scale) * stretch
 
@@ -199,15 +193,15 @@ class Interpolate(Rule):
     """
 
     keep: float | None = field(default=None, metadata=SHARE)  # 1 returns old bit for bit, 0 returns new
-    weights: list[float] | None = field(default=None, metadata=WEIGHTS)  # w_i, oldest first
+    weights: list[float] | None = field(default=None, metadata=SUM_1)  # w_i, oldest first; wins over keep
     relative: ClassVar[bool] = False
 
     def plan(self, stack):
         n = len(stack.models)
-        if self.keep is None:
+        if self.weights or self.keep is None:
             return shares(self.weights, n)
-        if n != 2 or self.weights:
-            raise FieldError("keep", f"is for two models without weights, got {n} and weights {self.weights}")
+        if n != 2:
+            raise FieldError("keep", f"is the share of old of two models, got {n} models: give weights")
         return [self.keep, 1 - self.keep]
 
     def tensor(self, name, thetas, base, plan):
@@ -219,7 +213,8 @@ class Slerp(Rule):
     """sin(keep · ω) / sin ω · old + sin((1 − keep) · ω) / sin ω · new,  cos ω = ⟨old, new⟩ / (|old| |new|).
 
     Shoemake 1985, per tensor; linear where |cos ω| > 0.9995; a zero tensor counts as orthogonal, as in
-    mergekit. In the released code the weight pulls the other way than interpolation's. init ema: as interpolate.
+    mergekit. In the released code the weight pulls the other way than interpolation's.
+    init ema: as interpolate.
     """
 
     keep: float = field(default=0.5, metadata=SHARE)
@@ -244,7 +239,7 @@ class TaskArithmetic(Rule):
     """
 
     scale: float = 0.5
-    weights: list[float] | None = field(default=None, metadata=WEIGHTS)
+    weights: list[float] | None = field(default=None, metadata=SUM_1)
     feedback: ClassVar[float] = 2.0
 
     def plan(self, stack):
@@ -257,12 +252,12 @@ class TaskArithmetic(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Ties(Rule):
-    """θ_0 + scale · mean{τ̂_i : sign τ̂_i = sign Σ τ̂_j},  τ̂_i the k = int(density · n) largest entries of τ_i.
+    """θ_0 + scale · mean{τ̂_i : sign τ̂_i = sign Σ τ̂_j},  τ̂_i the k = int(density · n) largest of τ_i.
 
     Yadav et al. 2023, arXiv 2306.01708: trim, elect a sign per coordinate (a sum of zero counts as positive),
     average what has it. n counts the whole model or one tensor. The released code drops the share `density`
     and keeps one entry too many, or more where magnitudes tie.
-    init ema: d ← scale · (mean of d and d + δ; where one is trimmed the other, where signs differ the larger).
+    init ema: d ← scale · (mean of d and d + δ; the other where one is trimmed, the larger where signs differ).
     """
 
     density: float = field(default=0.2, metadata=DENSITY)
@@ -284,7 +279,7 @@ class Ties(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Dare(Rule):
-    """τ̂_i = m_i ⊙ τ_i / density,  m_i ~ Bernoulli(density),  then task_arithmetic or ties without trimming.
+    """τ̂_i = m_i ⊙ τ_i / density,  m_i ~ Bernoulli(density),  then task_arithmetic, or ties without trimming.
 
     Yu et al. 2024, arXiv 2311.03099. m_i is a function of (seed, i, tensor name); the released code draws a
     fixed number of entries from an unseeded generator. init ema: as the rule it ends in, on average; but the
@@ -298,7 +293,7 @@ class Dare(Rule):
 
     @property
     def feedback(self):
-        """Fresh masks: √E[(m_1 + m_2)²] / density, under ties √P(m_1 or m_2) / density."""
+        """With fresh masks √E[(m_1 + m_2)²] / density, under ties √P(m_1 or m_2) / density."""
         square = 2 + 2 * self.density if self.then == "task_arithmetic" else 2 - self.density
         return math.sqrt(square / self.density)
 
@@ -313,10 +308,11 @@ class Dare(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Breadcrumbs(Rule):
-    """Ties on τ̂_i = τ_i without its int(outliers · n) largest entries, and the int(density · n) next ones kept.
+    """Ties where τ̂_i are the int(density · n) largest entries of τ_i after its int(outliers · n) largest.
 
-    Davari & Belilovsky 2024, arXiv 2312.06795, per tensor and counted as in mergekit: where both shares exceed
-    1 together, fewer outliers go. The released code trims each row, and sums what agrees. init ema: as ties.
+    Davari & Belilovsky 2024, arXiv 2312.06795, per tensor and counted as in mergekit: where both shares
+    together exceed 1, fewer outliers go. The released code trims each row, and adds up what agrees.
+    init ema: as ties, without the outliers.
     """
 
     density: float = field(default=0.2, metadata=DENSITY)
@@ -351,9 +347,10 @@ class MagMax(Rule):
 class ModelStock(Rule):
     """t · mean θ_i + (1 − t) · θ_0,  t = n c / (1 + (n − 1) c);  for two models  t = 2c / (1 + c).
 
-    Jang et al. 2024, arXiv 2403.19522, per tensor. c is the mean cosine of all pairs of task vectors, from the
-    sum of directions r = Σ τ_i / |τ_i|:  |r|² = n + n (n − 1) c. Where they cancel (the pole of t: a logit
-    scale that moved both ways) the result is θ_0. The released code knows two models. init ema: d ← t (d + δ/2).
+    Jang et al. 2024, arXiv 2403.19522, per tensor. c is the mean cosine of all pairs of task vectors, from
+    the sum of directions r = Σ τ_i / |τ_i|:  |r|² = n + n (n − 1) c. Where they cancel (the pole of t: a logit
+    scale that moved both ways) the result is θ_0. The released code knows two models.
+    init ema: d ← t · (d + δ / 2).
     """
 
     def combine(self, taus):
@@ -372,10 +369,10 @@ class ModelStock(Rule):
 class Opcm(Rule):
     """θ_0 + A_n · mean |τ_i| / |A_n|,  A_1 = τ_1,  A_i = A_{i−1} + P(τ_i),  P removes what A_{i−1} holds.
 
-    Tang et al. 2025, arXiv 2501.09522. Per matrix, A = U S Vᵀ: P projects out the leading directions, left and
-    right, that hold the share alpha of Σ S, then what is left along any u_i v_iᵀ, so that ⟨P(τ), A⟩ = 0. Other
-    tensors are added up. Norms are the whole model's; of the paper's rescalings only the last one matters. The
-    authors' code clears only the block where both directions lead. Holds one model's size.
+    Tang et al. 2025, arXiv 2501.09522. Per matrix, A = U S Vᵀ: P projects out the leading directions, left
+    and right, that hold the share alpha of Σ S, then what is left along any u_i v_iᵀ, so that ⟨P(τ), A⟩ = 0;
+    other tensors are added up. Norms are the whole model's; of the paper's rescalings only the last matters.
+    The authors' code clears only the block where both directions lead. Holds one model's size.
     init ema: d ← d + P(δ) in matrices but 2 d + δ elsewhere; meant for experts that start from θ_0.
     """
 
@@ -454,8 +451,8 @@ def recency(kind: str, n: int) -> list[float]:
 class Largest:
     """The k entries of largest magnitude in a stream of tensors: exactly k, in constant memory.
 
-    Magnitudes of floats sort like their bit patterns, so two histograms find the k-th largest: of the upper 16
-    bits, then of the lower 15 within its bin. Of the entries equal to it, the first in the stream are taken.
+    Magnitudes of floats sort like their bit patterns, so two histograms find the k-th largest: of the upper
+    16 bits, then of the lower 15 within its bin. Of the entries equal to it, the first in the stream are taken.
     `stream` is called once per histogram; then `zero` wants the same tensors in the same order.
     """
 
@@ -493,7 +490,7 @@ def kth_largest(stream: Iterable[Tensor], width: int, k: int) -> tuple[int, int]
     for values in stream:
         histogram += torch.bincount(values, minlength=1 << width).cpu()
     at_least = histogram.flip(0).cumsum(0).flip(0)  # [v]: how many are v or larger
-    value = int((at_least >= k).sum()) - 1
+    value = max(0, int((at_least >= k).sum()) - 1)
     return value, k - int(at_least[value] - histogram[value])
 
 
@@ -508,9 +505,8 @@ def elect_and_average(taus: Iterator[Tensor]) -> Tensor:
         up += tau.clamp_(min=0)
         del tau  # before the next one is made
     positive, down = total >= 0, total.sub_(up)
-    return torch.where(positive, up, down, out=up).div_(
-        torch.where(positive, ups, downs, out=ups).clamp_(min=1)
-    )
+    count = torch.where(positive, ups, downs, out=ups).clamp_(min=1)
+    return torch.where(positive, up, down, out=up).div_(count)
 
 
 def weighted_sum(weights: Sequence[float], tensors: Iterable[Tensor]) -> Tensor:

@@ -50,10 +50,8 @@ def test_the_first_weights_are_the_untouched_model(small_scale, tmp_path):
     again = tmp_path / "again"
     done = invoke("update", "--scale", small_scale, "--model", out / "model", "--out", again)
     assert done.exit_code == 0, done.output
-    start, end = (
-        load_file(again / "weights/update_000.safetensors"),
-        load_file(out / "weights/update_003.safetensors"),
-    )
+    start = load_file(again / "weights/update_000.safetensors")
+    end = load_file(out / "weights/update_003.safetensors")
     assert all(torch.equal(start[name], end[name]) for name in end)
 
 
@@ -78,7 +76,7 @@ def test_pools_of_an_update_hold_its_concepts_and_the_buffer_all_before(small_sc
     assert len(second["buffer"]) == 6 * len(material.stream[0])
     assert not set(second["update"].numbers) & set(second["buffer"].numbers)
     first = {name: count for name, _, count in batches_of(material, recipe, 0).draws}
-    assert first == {"pretraining": 6, "update": 6}
+    assert first == {"pretraining": 5, "update": 7}
 
 
 MISTAKES = {
@@ -121,11 +119,11 @@ def test_real_pictures_and_a_model_that_open_clip_saved(real_data, tmp_path):
 
     torch.manual_seed(0)
     torch.save(open_clip.create_model("ViT-B-32").state_dict(), tmp_path / "vit.pt")
-    small = ["stream.updates=2", "budget.steps=1", "optimizer.batch_size=8", "evaluation.subset=0.01"]
+    small = ["stream.updates=1", "budget.steps=2", "optimizer.batch_size=8", "evaluation.subset=0.01"]
     data = tmp_path / "some.yaml"
     data.write_text(
-        "adaptation:\n  bccd: {source: webdataset, train: '%s/bccd/train.tar', test: '%s/bccd/test.tar'}\n"
-        % (real_data, real_data)
+        "adaptation:\n  bccd: {source: webdataset, train: '${FOMO_TEST_DATA}/bccd/train.tar', "
+        "test: '${FOMO_TEST_DATA}/bccd/test.tar'}\n"
     )
     done = invoke(
         "update", "--recipe", ROOT / "recipes/merge.yaml", "--model", tmp_path / "vit.pt", "--data", data,
@@ -134,6 +132,5 @@ def test_real_pictures_and_a_model_that_open_clip_saved(real_data, tmp_path):
     assert done.exit_code == 0, done.output
     assert "no pretraining pool" in done.stderr
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/run/model")
-    assert torch.equal(
-        model.visual.proj, load_file(tmp_path / "run/weights/update_002.safetensors")["visual.proj"]
-    )
+    last = load_file(tmp_path / "run/weights/update_001.safetensors")
+    assert torch.equal(model.visual.proj, last["visual.proj"])

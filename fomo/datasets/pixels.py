@@ -1,14 +1,15 @@
 """Pictures as pixels: decoded and resized once into a memory-mapped uint8 file per dataset and split.
 
-A cached picture has the model's image size S on its short side. The long side is cut to 1.5 S around the centre:
-RandomResizedCrop with scale >= 0.9 and ratio <= 4/3 can only fall back to its central crop on anything wider
-than 1.48, so the crops are the same as from the whole picture.
+A cached picture has the model's image size S on its short side. The long side is cut to about 1.5 S around the
+centre: RandomResizedCrop with scale >= 0.9 and ratio <= 4/3 can only fall back to its central crop on anything
+wider than 1.48, so the crops are the same as from the whole picture.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from fomo.datasets.sources import UNREADABLE, Source, rgb
 from fomo.errors import UserError
 
-VERSION = 1  # of the file layout and of `shrink`
+VERSION = 2  # of the file layout and of `shrink`
 LIMIT = 0.01  # share of pictures that may be unreadable
 
 
@@ -29,7 +30,7 @@ def cache_root() -> Path:
 
 
 def shrink(image: Image.Image, size: int) -> np.ndarray:
-    """-> (h, w, 3) uint8 with min(h, w) == size and max(h, w) <= 1.5 size; bicubic, antialiased."""
+    """-> (h, w, 3) uint8 with min(h, w) == size and max(h, w) <= 1.5 size + 3; bicubic, antialiased."""
     image = rgb(image)
     width, height = image.size
     scale = size / min(width, height)
@@ -37,8 +38,16 @@ def shrink(image: Image.Image, size: int) -> np.ndarray:
         shape = (max(size, round(width * scale)), max(size, round(height * scale)))
         image = image.resize(shape, Image.Resampling.BICUBIC)
         width, height = image.size
-    left, top = max(0, (width - size * 3 // 2) // 2), max(0, (height - size * 3 // 2) // 2)
-    return np.asarray(image)[top : top + size * 3 // 2, left : left + size * 3 // 2]
+    h, w = kept(height, size), kept(width, size)
+    top, left = (height - h) // 2, (width - w) // 2
+    return np.asarray(image)[top : top + h, left : left + w]
+
+
+def kept(side: int, size: int) -> int:
+    """How many of a side's pixels: too many for rounded random crops to fit, and an even number is cut off, so
+    that the centre stays where it was."""
+    enough = (3 * size + 4) // 2
+    return min(side, enough + (side - enough) % 2)
 
 
 class Pixels:
@@ -71,6 +80,8 @@ def open_pixels(source: Source, size: int, name: str) -> Pixels:
     folder = cache_root() / "pixels" / key
     if not (folder / "meta.json").exists():
         build(source, size, name, folder)
+    if broken := json.loads((folder / "meta.json").read_text())["unreadable"]:
+        tqdm.write(f"{summary(name, broken, len(source))}; skipped", file=sys.stderr)
     return Pixels(folder)
 
 
@@ -92,8 +103,8 @@ def build(source: Source, size: int, name: str, folder: Path) -> None:
                 file.write(pixels.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        if broken:
-            report_broken(name, broken, len(source))
+        if len(broken) > LIMIT * len(source):
+            raise UserError(f"{summary(name, broken, len(source))}; more than the limit of {LIMIT:.0%}")
         np.save(staging / "shapes.npy", shapes)
         meta = {"source": source.key(), "size": size, "version": VERSION, "unreadable": broken}
         (staging / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -103,8 +114,5 @@ def build(source: Source, size: int, name: str, folder: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def report_broken(name: str, broken: list[str], total: int) -> None:
-    line = f"{name}: {len(broken)} of {total} pictures cannot be read, first: {broken[0]}"
-    if len(broken) > LIMIT * total:
-        raise UserError(f"{line}; more than the limit of {LIMIT:.0%}")
-    tqdm.write(f"{line}; skipped")
+def summary(name: str, broken: list[str], total: int) -> str:
+    return f"{name}: {len(broken)} of {total} pictures cannot be read, first: {broken[0]}"

@@ -17,6 +17,15 @@ from PIL import Image, UnidentifiedImageError
 from fomo.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp")
+TURNS = {  # EXIF orientation -> what makes the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 UNREADABLE = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
 
 
@@ -222,9 +231,8 @@ def plain_name(name: str | tuple) -> str:
 
 def rgb(image: Image.Image) -> Image.Image:
     """Any mode, any EXIF orientation -> upright RGB."""
-    from PIL import ImageOps
-
-    image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose fails on damaged EXIF data
+    image = image if turn is None else image.transpose(turn)
     if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
