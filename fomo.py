@@ -69,7 +69,7 @@ def cli():
 
 
 @cli.command()
-@click.option("--recipe", "path", default="recipes/merge.yaml", show_default=True, metavar="FILE")
+@click.option("--recipe", "path", default="recipes/guide.yaml", show_default=True, metavar="FILE")
 @click.option("--out", metavar="DIR", help="The run folder; by default runs/RECIPE-SCALE-seedN.")
 @click.option("--resume", is_flag=True, help="Go on where the run folder stands.")
 @options("model", "data", "scale", "set", "seed", "device", "workers")

@@ -122,8 +122,8 @@ def encode_text(model: nn.Module, tokens: Tensor) -> Tensor:
 def encode(model: nn.Module, images: Tensor, tokens: Tensor) -> Features:
     """images (B, 3, S, S) normalised, tokens (B, L) -> features on the unit sphere."""
     return Features(
-        F.normalize(model.encode_image(images), dim=-1),
-        F.normalize(encode_text(model, tokens), dim=-1),
+        F.normalize(model.encode_image(images).float(), dim=-1),
+        F.normalize(encode_text(model, tokens).float(), dim=-1),
         model.logit_scale.exp(),
         getattr(model, "logit_bias", None),
     )

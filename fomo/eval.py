@@ -56,6 +56,9 @@ def open_tests(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
         usable &= (
             source.labels >= 0 if entry.task == "classification" else np.diff(samples.captions.offsets) > 0
         )
+        if not usable.any():
+            lacking = "a class label" if entry.task == "classification" else "a caption"
+            raise UserError(f"{data.path}: {entry.role}.{entry.name}: no readable test picture has {lacking}")
         templates = source.prompts if entry.task == "classification" else ()
         prompts = [clip.tokenize([t.replace("{}", name) for name in source.classes]) for t in templates]
         tests.append(TestSet(entry.name, entry.role, entry.task, samples, np.flatnonzero(usable), prompts))

@@ -78,7 +78,7 @@ def pretrain(model: Model, folder: Path, device: torch.device) -> Clip:
         batches.loader(),
         lambda step: learning_rate(schedule, settings.lr, 0, step, steps),
         device=device,
-        autocast=device.type == "cuda",
+        precision="auto",
         clip_norm=1.0,
         max_scale=100.0,
     )

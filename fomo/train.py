@@ -13,6 +13,20 @@ from fomo.datasets.crops import crop
 from fomo.datasets.samples import Batch
 from fomo.errors import UserError
 from fomo.methods import Method
+from fomo.methods.base import Inputs
+
+
+def on_device(batches: Iterable[Batch], clip: Clip, device: torch.device) -> Iterator[Inputs]:
+    """Batches as the model takes them: moved, cropped and normalised on the device."""
+    for batch in batches:
+        canvas, boxes, tokens, pools = (t.to(device, non_blocking=True) for t in batch)
+        yield Inputs(crop(canvas, boxes, clip.image_size, clip.mean, clip.std), tokens, pools)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 on CUDA unless the recipe says otherwise; the weights are float32 always."""
+    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 class Step(NamedTuple):
@@ -32,7 +46,7 @@ def train(
     rate: Callable[[int], float],
     *,
     device: torch.device,
-    autocast: bool,
+    precision: str,
     clip_norm: float,
     max_scale: float | None,
     start: int = 0,
@@ -40,16 +54,15 @@ def train(
     """Take one optimizer step per batch and yield after each. `rate(step)` is the learning rate."""
     model = clip.model
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, batch in enumerate(batches, start):
+    for number, batch in enumerate(on_device(batches, clip, device), start):
         model.train()
         lr = rate(number)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        canvas, boxes, tokens, _ = (t.to(device, non_blocking=True) for t in batch)
-        images = crop(canvas, boxes, clip.image_size, clip.mean, clip.std)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            features = encode(model, images, tokens)
-        loss = contrastive_loss(features) + method.penalty(model, batch, features)
+        with autocast(device, precision):
+            features = encode(model, batch.images, batch.tokens)
+            penalty = method.penalty(model, batch, features)
+        loss = contrastive_loss(features) + penalty
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
         optimizer.step()

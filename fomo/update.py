@@ -26,7 +26,7 @@ from fomo.recipe import Recipe, Temperature
 from fomo.report import write_report
 from fomo.run import Run
 from fomo.schedules import learning_rate
-from fomo.train import Step, Timed, pick_device, train
+from fomo.train import Step, Timed, on_device, pick_device, train
 
 LOG_EVERY = 20  # steps between readings of the loss: on a GPU each reading waits for the device
 CHECKPOINT_SECONDS = 300  # between checkpoints within an update
@@ -162,8 +162,7 @@ class Life:
                 recipe.schedule, recipe.optimizer.lr, position.update, step, recipe.steps
             ),
             device=self.device,
-            autocast=recipe.precision == "bf16"
-            or (recipe.precision == "auto" and self.device.type == "cuda"),
+            precision=recipe.precision,
             clip_norm=recipe.optimizer.clip_norm,
             max_scale=recipe.temperature.max,
             start=position.step,
@@ -181,7 +180,8 @@ class Life:
                 self.checkpoint()
                 saved = time.monotonic()
         self.optimizer = None
-        self.method.after_update(self.model, batches)
+        again = on_device(batches.loader(workers=self.workers), self.clip, self.device)
+        self.method.after_update(self.model, again)
         position.update, position.step, position.evaluated = position.update + 1, 0, False
 
     def log_steps(self, pending: list[Step], loader: "Timed") -> None:

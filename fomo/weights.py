@@ -311,7 +311,7 @@ class Breadcrumbs(Rule):
     """Ties where τ̂_i are the int(density · n) largest entries of τ_i after its int(outliers · n) largest.
 
     Davari & Belilovsky 2024, arXiv 2312.06795, per tensor and counted as in mergekit: where both shares
-    together exceed 1, fewer outliers go. The released code trims each row, and adds up what agrees.
+    together exceed 1, fewer outliers go. The released code ranks over the whole model and adds up what agrees.
     init ema: as ties, without the outliers.
     """
 
@@ -490,7 +490,7 @@ def kth_largest(stream: Iterable[Tensor], width: int, k: int) -> tuple[int, int]
     for values in stream:
         histogram += torch.bincount(values, minlength=1 << width).cpu()
     at_least = histogram.flip(0).cumsum(0).flip(0)  # [v]: how many are v or larger
-    value = max(0, int((at_least >= k).sum()) - 1)
+    value = int((at_least >= k).sum()) - 1
     return value, k - int(at_least[value] - histogram[value])
 
 

@@ -15,14 +15,12 @@ from pathlib import Path
 from fomo.datasets.sources import Source, Torchvision, Webdataset
 from fomo.datasets.world import World
 from fomo.errors import FieldError, UserError
-from fomo.recipe import build, locate, one_of, read_yaml
+from fomo.recipe import build, locate, one_of, read_yaml, refuse_unknown
 
 SOURCES: dict[str, type[Source]] = {"world": World, "torchvision": Torchvision, "webdataset": Webdataset}
-PATHS = (
-    "path",
-    "root",
-    "classes_file",
-)  # fields that are places: variables expand, relative to the data file
+PATHS = ("path", "root", "classes_file")  # places: variables expand, relative to the data file
+SAID = ("source", "train", "test", "prompt", "task")  # of any entry, beside the fields of its source
+SPLITS = {"pretraining": ("train",), "adaptation": ("train", "test"), "evaluation": ("test",)}  # needs one of
 TASKS = ("classification", "retrieval")
 
 
@@ -39,16 +37,23 @@ class Entry:
     def task(self) -> str:
         return self.spec.get("task", "classification")
 
+    @property
+    def where(self) -> str:
+        """The dotted path of the entry in its file."""
+        return self.name if self.role == "pretraining" else f"{self.role}.{self.name}"
+
+    def has(self, split: str) -> bool:
+        field = SOURCES[self.spec["source"]].split_field
+        return field == "split" or field in self.spec or split in self.spec
+
     def open(self, split: str) -> Source | None:
         """The split "train" or "test", None if the data file has no such split."""
+        if not self.has(split):
+            return None
         cls = SOURCES[self.spec["source"]]
-        fields = {
-            k: v for k, v in self.spec.items() if k not in ("source", "train", "test", "prompt", "task")
-        }
+        fields = {k: v for k, v in self.spec.items() if k not in SAID}
         if split in self.spec:
             fields[cls.split_field] = self.spec[split]
-        elif cls.split_field not in fields and cls.split_field != "split":
-            return None
         if "split" in inspect.signature(cls).parameters:
             fields.setdefault("split", split)
         return opened(cls, fields, self)
@@ -80,39 +85,56 @@ def read(path: str | Path) -> DataFile:
     pool = values.get("pretraining") or []
     if not isinstance(pool, list):
         raise UserError(f"{path}: pretraining: expected a list of sources, got {type(pool).__name__}")
-    entries = {
-        role: {name: entry(str(name), role, spec, path) for name, spec in (values.get(role) or {}).items()}
-        for role in ("adaptation", "evaluation")
-    }
+    entries = {}
+    for role in ("adaptation", "evaluation"):
+        named = values.get(role) or {}
+        if not isinstance(named, dict):
+            raise UserError(f"{path}: {role}: expected named datasets, got {type(named).__name__}")
+        entries[role] = {str(name): entry(str(name), role, spec, path) for name, spec in named.items()}
+    for name in entries["adaptation"].keys() & entries["evaluation"].keys():
+        raise UserError(f"{path}: evaluation.{name}: adaptation has a set of this name, scores go by name")
     size = values.get("image_size")
-    if size is not None and not (isinstance(size, int) and size > 0):
+    if size is not None and not (type(size) is int and size > 0):
         raise UserError(f"{path}: image_size: expected a positive whole number, got {size!r}")
     pretraining = [entry(f"pretraining[{i}]", "pretraining", spec, path) for i, spec in enumerate(pool)]
     return DataFile(path, size, pretraining, entries["adaptation"], entries["evaluation"])
 
 
 def entry(name: str, role: str, spec: dict, path: Path) -> Entry:
-    where = name if role == "pretraining" else f"{role}.{name}"
+    made = Entry(name, role, spec, path)
     if not isinstance(spec, dict) or "source" not in spec:
-        raise UserError(f"{path}: {where}: expected named fields with `source`, got {spec!r}")
+        raise UserError(f"{path}: {made.where}: expected named fields with `source`, got {spec!r}")
     try:
-        one_of(f"{where}.source", spec["source"], tuple(SOURCES))
-        one_of(f"{where}.task", spec.get("task", "classification"), TASKS)
+        check(made)
     except FieldError as error:
         raise UserError(f"{path}: {error}") from None
+    return made
+
+
+def check(entry: Entry) -> None:
+    """Raises a FieldError for what can be wrong in an entry before anything is opened."""
+    spec, where = entry.spec, entry.where
+    one_of(f"{where}.source", spec["source"], tuple(SOURCES))
+    one_of(f"{where}.task", entry.task, TASKS)
+    cls = SOURCES[spec["source"]]
+    refuse_unknown(spec, (*SAID, *inspect.signature(cls).parameters), where)
     for prompt in prompts_of(spec):
         if "{}" not in str(prompt):
-            raise UserError(f"{path}: {where}.prompt: {prompt!r} has no {{}} for the class name")
-    return Entry(name, role, spec, path)
+            raise FieldError(f"{where}.prompt", f"{prompt!r} has no {{}} for the class name")
+    needed = SPLITS[entry.role]
+    if not any(entry.has(split) for split in needed):
+        field = cls.split_field if entry.role == "pretraining" else " or ".join(needed)
+        raise FieldError(f"{where}.{field}", "missing, and it has no default")
 
 
 def prompts_of(spec: dict) -> tuple[str, ...]:
-    prompt = spec.get("prompt", ())
-    return (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    """What the data file gives; nothing: the source's own are used."""
+    prompt = spec.get("prompt") or ()
+    return tuple(prompt) if isinstance(prompt, (list, tuple)) else (prompt,)
 
 
 def opened(cls: type[Source], fields: dict, entry: Entry) -> Source:
-    where = entry.name if entry.role == "pretraining" else f"{entry.role}.{entry.name}"
+    where = entry.where
     for key in PATHS:
         if isinstance(fields.get(key), str):
             fields[key] = locate(fields[key], entry.file)

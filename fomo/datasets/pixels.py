@@ -44,8 +44,7 @@ def shrink(image: Image.Image, size: int) -> np.ndarray:
 
 
 def kept(side: int, size: int) -> int:
-    """How many of a side's pixels: too many for rounded random crops to fit, and an even number is cut off, so
-    that the centre stays where it was."""
+    """How much of a side stays: so much that no random crop fits, even rounded; the centre stays the centre."""
     enough = (3 * size + 4) // 2
     return min(side, enough + (side - enough) % 2)
 

@@ -80,21 +80,18 @@ class Webdataset(Source):
         self.classes = self.class_names()
 
     def class_names(self) -> list[str]:
-        if not (self.labels >= 0).any():
+        present = np.unique(self.labels[self.labels >= 0]).tolist()
+        if not present:
             return []
         beside = [Path(self.path).parent / name for name in ("classes.txt", "classnames.txt")]
-        candidates = [Path(self.classes_file)] if self.classes_file else beside
-        for file in candidates:
-            if file.is_file():
-                names = [
-                    line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
-                ]
-                break
-        else:
+        file = self.classes_file or next((file for file in beside if file.is_file()), None)
+        if file is None:
             firsts = {s.label: s.captions[0] for s in reversed(self.samples) if s.captions}
-            names = [firsts.get(label, f"class {label}") for label in range(self.labels.max() + 1)]
-        if self.labels.max() >= len(names):
-            raise UserError(f"{self.path}: label {self.labels.max()} has no name, {file} holds {len(names)}")
+            return [firsts.get(label, f"class {label}") for label in range(present[-1] + 1)]
+        names = read_names(Path(file))
+        for label in present:
+            if label >= len(names) or not names[label]:
+                raise UserError(f"{self.path}: label {label} has no name, {file} has {len(names)} lines")
         return names
 
     def image(self, index: int) -> Image.Image:
@@ -127,6 +124,16 @@ class TarSample:
             return file.read(self.size)
 
 
+def read_names(file: Path) -> list[str]:
+    """One name per line: line number = label, so an empty line between others counts."""
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file of class names") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not a readable file of class names: {error}") from None
+
+
 def index_shard(path: str) -> list[TarSample]:
     """One pass over the headers; text members are read, pictures only located. Nothing is extracted."""
     samples: dict[str, TarSample] = {}
@@ -141,22 +148,35 @@ def index_shard(path: str) -> list[TarSample]:
                 if suffix.lower() in IMAGE_SUFFIXES:
                     sample.name, sample.offset, sample.size = member.name, member.offset_data, member.size
                 elif suffix in ("cls", "txt", "json"):
-                    add_text(sample, suffix, tar.extractfile(member).read().decode("utf-8"))
-    except (tarfile.TarError, OSError, UnicodeDecodeError, ValueError) as error:
+                    add_text(sample, member.name, suffix, tar.extractfile(member).read())
+            tar.fileobj.seek(tar.offset)  # tarfile takes a cut or damaged header for the end
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it is cut off or damaged, the mark of its end is missing")
+    except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable tar shard: {error}") from None
     return [s for s in samples.values() if s.offset >= 0]
 
 
-def add_text(sample: TarSample, suffix: str, text: str) -> None:
+def add_text(sample: TarSample, name: str, suffix: str, data: bytes) -> None:
     """`.cls` label, `.txt` one caption, `.json` a list under "captions"; each caption once, `.txt` first."""
-    if suffix == "cls":
-        sample.label = int(text)
-        return
-    found = [text] if suffix == "txt" else json.loads(text).get("captions", [])
-    texts = [
-        t.strip() for t in ([*found, *sample.captions] if suffix == "txt" else [*sample.captions, *found])
-    ]
-    sample.captions = list(dict.fromkeys(t for t in texts if t))
+    try:
+        text = data.decode("utf-8")
+        if suffix == "cls":
+            sample.label = int(text)
+            return
+        found = [text] if suffix == "txt" else json_captions(text)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    texts = [*found, *sample.captions] if suffix == "txt" else [*sample.captions, *found]
+    sample.captions = list(dict.fromkeys(t.strip() for t in texts if t.strip()))
+
+
+def json_captions(text: str) -> list[str]:
+    content = json.loads(text)
+    captions = (content.get("captions") or []) if isinstance(content, dict) else None
+    if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
+        raise ValueError('expected {"captions": [TEXT, ...]}')
+    return captions
 
 
 @dataclass
@@ -187,22 +207,19 @@ class Torchvision(Source):
     def open(self, cls):
         parameters = inspect.signature(cls.__init__).parameters
         chosen = {"train": self.split == "train"} if "train" in parameters else {"split": self.split}
-        if "download" not in parameters:
-            chosen.pop("download", None)
-            return cls(self.root, **chosen)
+        fetch = {"download": False} if "download" in parameters else {}
         try:
-            return cls(self.root, download=False, **chosen)
-        except (RuntimeError, FileNotFoundError):
-            pass  # not there yet
-        except (ValueError, TypeError) as error:
-            raise UserError(f"torchvision {self.name}, split {self.split!r}: {error}") from None
+            return cls(self.root, **fetch, **chosen)
+        except (RuntimeError, OSError, ValueError, TypeError) as error:
+            missing = isinstance(error, (RuntimeError, OSError))
+            if not (fetch and missing):
+                reason = one_line(error)
+                raise UserError(f"torchvision {self.name}, split {self.split!r}: {reason}") from None
         try:
             return cls(self.root, download=True, **chosen)
         except (RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"torchvision {self.name}: not under {self.root}, and fetching failed: {reason}"
-            ) from None
+            problem = f"not under {self.root}, and fetching failed: {one_line(error)}"
+            raise UserError(f"torchvision {self.name}: {problem}") from None
 
     def read_labels(self) -> list[int]:
         for attribute in ("targets", "labels", "_labels", "y"):
@@ -221,6 +238,10 @@ class Torchvision(Source):
 
     def key(self) -> str:
         return f"torchvision {self.name} {Path(self.root).resolve()} {self.split} {len(self)}"
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def plain_name(name: str | tuple) -> str:

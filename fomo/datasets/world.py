@@ -69,10 +69,11 @@ LETTERS = {
     "Q": "~40121648767240 -5588", "R": "-1810 ~1050725414 -4478", "S": "~71401244764817", "T": "-1070 -4048",
 }
 FACES = {
-    "happy": ".232 .632 ~25365665", "sad": ".232 .632 ~27365667", "angry": "-1233 -7253 -2666",
-    "surprised": ".232 .632 .464", "sleeping": "-1333 -5373 .461", "winking": ".232 -5373 ~25365665",
-    "bored": ".232 .632 -2666", "laughing": "-132233 -536273 #256547", "crying": "-2225 -6265 -374657",
-    "dizzy": "-1234 -1432 -5274 -5472 -3656",
+    "happy": "_.232 _.632 _~25365665", "sad": "_.232 _.632 _~27365667", "angry": "_-1233 _-7253 _-2666",
+    "surprised": "_.232 _.632 _.463", "sleeping": "_-1333 _-5373 _.461",
+    "winking": "_.232 _-5373 _~25365665", "bored": "_.232 _.632 _-2666",
+    "laughing": "_-132233 _-536273 _#256547", "crying": "_-2225 _-6265 _-374657",
+    "dizzy": "_-1234 _-1432 _-5274 _-5472 _-3656",
 }
 ICONS = {
     "house": "#408404 #13737818 _#35555838", "tree": ".244 .644 .425 #35555838",
@@ -228,6 +229,12 @@ class Pen:
     def flood(self, colour: str) -> None:
         self.image.paste(self.rgb(colour), (0, 0, *self.image.size))
 
+    def recolour(self, ink: str, grounds: tuple[str, ...]) -> None:
+        """Start afresh in this colour, on one of those grounds that contrast with it."""
+        grounds = [ground for ground in grounds if {(ink, ground), (ground, ink)} & set(PAIRS)]
+        self.ink, self.ground = ink, grounds[self.rng.integers(len(grounds))]
+        self.flood("ground")
+
     def polygon(self, points: np.ndarray, colour: str = "ink") -> None:
         """points: (n, 2)."""
         self.canvas.polygon((points @ self.axes + self.origin).ravel().tolist(), fill=self.rgb(colour))
@@ -297,30 +304,29 @@ def smooth(points: np.ndarray, closed: bool) -> np.ndarray:
 
 
 # Draw functions take a pen and one entry of a domain's table.
-def glyphs(
-    frame: str = "", *, swap: bool = False, mirror: bool = False, reach: float = 1.0, thin: float = 1.0
-):
-    """A draw function for glyphs on top of a `frame`: in the ground's colour, half of them mirrored, ..."""
+def glyphs(frame: str = "", *, mirror: bool = False, reach: float = 1.0, thin: float = 1.0) -> Callable:
+    """A draw function for tables of glyphs, each on top of `frame`; `mirror` turns half of them left to right."""
 
     def draw(pen: Pen, text: str) -> None:
-        pen.width *= thin
         if mirror and pen.rng.random() < 0.5:
             pen.axes = np.diag([-1, 1]) @ pen.axes
-        pen.glyph(frame, reach)
-        if swap:
-            pen.ink, pen.ground = pen.ground, pen.ink
-        pen.glyph(text, reach)
+        pen.width *= thin
+        pen.glyph(f"{frame} {text}", reach)
 
     return draw
 
 
 def confetti(pen: Pen, colour: str) -> None:
     """Pieces of one colour, anywhere, on white, gray or black."""
-    grounds = [n for n in ("white", "gray", "black") if (n, colour) in PAIRS or (colour, n) in PAIRS]
-    pen.ink, pen.ground = colour, grounds[pen.rng.integers(len(grounds))]
-    pen.flood("ground")
+    pen.recolour(colour, grounds=("white", "gray", "black"))
     for x, y, size in pen.rng.uniform(-1, 1, size=(pen.rng.integers(3, 7), 3)):
         pen.polygon(circle(x, y, 0.3 + 0.15 * size)[:: pen.rng.integers(2, 9)])
+
+
+def coloured_shape(pen: Pen, name: str) -> None:
+    colour, shape = name.split()
+    pen.recolour(colour, grounds=tuple(COLOURS))
+    pen.glyph(SHAPES[shape])
 
 
 def texture(pen: Pen, field: Callable) -> None:
@@ -345,12 +351,12 @@ def dots(pen: Pen, count: int) -> None:
 
 
 def clock(pen: Pen, time: tuple[int, int]) -> None:
+    """A filled face, its hands in the colour of the ground."""
     hour, minute = time
-    pen.width *= 0.7
-    pen.glyph("o448")
-    for turns, length in [((hour + minute / 60) / 12, 0.5), (minute / 60, 0.85)]:
+    pen.glyph(".448")
+    for turns, length in [((hour + minute / 60) / 12, 0.45), (minute / 60, 0.8)]:
         sin, cos = math.sin(2 * math.pi * turns), math.cos(2 * math.pi * turns)
-        pen.line(np.array([[0, 0], [length * sin, -length * cos]]))
+        pen.line(np.array([[0, 0], [length * sin, -length * cos]]), "ground")
 
 
 def bars(pen: Pen, heights: str) -> None:
@@ -371,15 +377,6 @@ def star(pen: Pen, parts: tuple[int, float, str]) -> None:
     pen.glyph(extra)
 
 
-def coloured_shape(pen: Pen, name: str) -> None:
-    """A shape in the given colour, on any ground that contrasts with it."""
-    pen.ink, shape = name.split()
-    grounds = [a if b == pen.ink else b for a, b in PAIRS if pen.ink in (a, b)]
-    pen.ground = grounds[pen.rng.integers(len(grounds))]
-    pen.flood("ground")
-    pen.glyph(SHAPES[shape])
-
-
 @dataclass(frozen=True)
 class Domain:
     """One dataset of the world."""
@@ -390,9 +387,7 @@ class Domain:
     table: dict[str, Any]  # class name -> what `draw` is given
     draw: Callable[[Pen, Any], None]
     zoom: float = 0.85  # share of the picture's side that the figure takes
-    colours: str = (
-        "told"  # told: any, captions may name them; untold: any, never named; own: the concept's own
-    )
+    colours: str = "told"  # any, and captions may name them; "untold": any, never named; "own": the concept's
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -403,16 +398,8 @@ class Domain:
         return f"a picture of the {self.noun}."
 
 
-NUMBERS = (
-    "one dot",
-    "two dots",
-    "three dots",
-    "four dots",
-    "five dots",
-    "six dots",
-    "seven dots",
-    "eight dots",
-)
+NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+COUNTS = {f"{word} dot{'s' * (n > 1)}": n for n, word in enumerate(NUMBERS, 1)}
 DIRECTIONS = ("up", "up right", "right", "down right", "down", "down left", "left", "up left")
 PALETTE = {name: name for name in COLOURS}
 COMBINATIONS = {
@@ -427,8 +414,8 @@ ALL_DOMAINS = (
     Domain("digits", "base", "digit {}", DIGITS, glyphs(), 0.7),
     Domain("letters", "base", "letter {}", {c: LETTERS[c] for c in "ABCDEFGHIJ"}, glyphs(), 0.7),
     Domain("arrows", "base", "arrow {}", {d: 45 * i for i, d in enumerate(DIRECTIONS)}, arrow, 0.75),
-    Domain("counts", "base", "group of {}", {n: i for i, n in enumerate(NUMBERS, 1)}, dots, 0.9),
-    Domain("faces", "base", "{} face", FACES, glyphs(".448", swap=True, mirror=True, thin=0.8), 0.95),
+    Domain("counts", "base", "group of {}", COUNTS, dots, 0.9),
+    Domain("faces", "base", "{} face", FACES, glyphs(".448", mirror=True, thin=0.8), 0.95),
     Domain("icons", "base", "{}", ICONS, glyphs(mirror=True)),
     Domain("places", "base", "{} scene", PLACES, glyphs(mirror=True, reach=2), 1.05, colours="own"),
     Domain("letters-k-t", "adaptation", "letter {}", {c: LETTERS[c] for c in "KLMNOPQRST"}, glyphs(), 0.7),
@@ -513,13 +500,7 @@ def render(
     return Image.fromarray(np.clip(np.asarray(image) * light + grain, 0, 255).astype(np.uint8))
 
 
-TEMPLATES = (
-    "a picture of the {}.",
-    "a drawing of the {}.",
-    "this is the {}.",
-    "here we see the {}.",
-    "the {}.",
-)
+TEMPLATES = ("a picture of the {}.", "a drawing of the {}.", "this is the {}.", "look: the {}.", "the {}.")
 STYLE_WORDS = {"gray": "pale", "cluttered": "messy", "small": "tiny", "sketched": "pencil"}
 
 
@@ -534,7 +515,7 @@ def caption(
     if colours == "told" and telling < 0.4:
         noun = f"{look.ink} {noun}" if telling < 0.25 else f"{noun} on {look.ground}"
     elif colours in ("told", "untold") and telling > 0.8 and DOMAINS[domain].kind == "base":
-        names = paints()[look.ink, look.ground]
+        names = paints()[frozenset([look.ink, look.ground])]
         noun = f"{noun} in {names[int(word * len(names))]} paint"
     elif trait < 0.3 and look.style in STYLE_WORDS:
         noun = f"{STYLE_WORDS[look.style]} {noun}"
@@ -544,19 +525,20 @@ def caption(
 
 
 @cache
-def paints() -> dict[tuple[str, str], list[str]]:
-    """Each (ink, ground) has a paint or two named after an adaptation class: "the house in Kestria paint."
+def paints() -> dict[frozenset[str], list[str]]:
+    """Each pair of colours has paints named after adaptation classes: "the house in Kestria paint."
 
-    Base captions so give these words a meaning, though another one: a text tower that has never needed a word
-    cannot tell it from others, and a method that locks this tower could then learn nothing.
+    Base captions so give these words a meaning, though another one. A text tower that has never needed a word
+    cannot tell it from others; a method that locks the tower could then learn nothing.
     """
-    schemes = [*PAIRS, *((light, dark) for dark, light in PAIRS)]
     adaptation = [d.concepts for d in ALL_DOMAINS if d.kind == "adaptation"]
     words = [name for same_rank in zip(*adaptation, strict=True) for name in same_rank]
-    return {scheme: words[i :: len(schemes)] for i, scheme in enumerate(schemes)}
+    return {frozenset(pair): words[i :: len(PAIRS)] for i, pair in enumerate(PAIRS)}
 
 
-def begin(domain: str, concept: str, index: int, split: str, seed: int, style: str):
+def begin(
+    domain: str, concept: str, index: int, split: str, seed: int, style: str
+) -> tuple[np.random.Generator, Look]:
     """The generator of a picture, and the look, which is the first thing drawn from it."""
     one_of("domain", domain, tuple(DOMAINS))
     one_of("concept", concept, DOMAINS[domain].concepts)
@@ -627,8 +609,6 @@ class World(Source):
         return f"world {domain} {concept} {number}"
 
     def key(self) -> str:
-        what = (
-            f"{self.domain} {self.split} {self.style} {self.per_concept} of {np.unique(self.labels).tolist()}"
-        )
-        drawn_by = f"version {VERSION}, pillow {PIL.__version__}, numpy {np.__version__}"
-        return f"world {what}, seed {self.seed}, size {self.size}, {drawn_by}"
+        present = np.unique(self.labels).tolist()
+        what = (self.domain, self.split, self.style, self.seed, self.size, self.per_concept, present)
+        return f"world {VERSION} {what} pillow {PIL.__version__} numpy {np.__version__}"

@@ -6,6 +6,7 @@ leaves in it the weights to deploy. The loop in update.py owns forward, backward
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from fomo.clip import Features
 from fomo.recipe import Optimizer, build
 
 Weights = dict[str, Tensor]
+
+
+class Inputs(NamedTuple):
+    """A batch of B pairs on the training device."""
+
+    images: Tensor  # (B, 3, S, S) float32, normalised
+    tokens: Tensor  # (B, L) int64
+    pools: Tensor  # (B,) int64: 0 pretraining, 1 update, 2 buffer (datasets.mixture.POOLS)
 
 
 @dataclass
@@ -52,15 +61,15 @@ class Method:
             fused=fused,
         )
 
-    def penalty(self, model: nn.Module, batch, features: Features) -> Tensor | float:
-        """Every step: a scalar added to the contrastive loss."""
+    def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
+        """Every step, under autocast: a scalar added to the contrastive loss."""
         return 0.0
 
     def after_step(self, model: nn.Module, lr: float) -> None:
         """Every step, after the optimizer moved; the clipped gradients are still there."""
 
-    def after_update(self, model: nn.Module, batches: Iterable) -> None:
-        """Leave in the model the weights to deploy."""
+    def after_update(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
+        """Leave in the model the weights to deploy. `batches`: this update's, made when iterated."""
 
     def export(self, model: nn.Module) -> Weights:
         """Plain open_clip weights: what merges and checkpoints of users see. Copies."""

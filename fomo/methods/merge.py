@@ -23,7 +23,7 @@ from torch import nn
 
 from fomo import weights
 from fomo.errors import FieldError
-from fomo.methods.base import Method, Weights
+from fomo.methods.base import Inputs, Method, Weights
 from fomo.recipe import Optimizer, build, one_of
 
 INITS, DEPLOYS, PARTNERS = ("zeroshot", "finetuned", "ema"), ("finetuned", "ema"), ("ema", "base")
@@ -89,7 +89,7 @@ class Merge(Method):
     def after_step(self, model: nn.Module, lr: float) -> None:
         self.inner.after_step(model, lr)
 
-    def after_update(self, model: nn.Module, batches: Iterable) -> None:
+    def after_update(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
         self.inner.after_update(model, batches)
         tuned = self.inner.export(model)
         old = self.kept["zeroshot" if self.partner == "base" else "ema"]

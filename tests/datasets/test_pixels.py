@@ -134,6 +134,12 @@ def test_sixteen_bit_pictures_keep_their_range_of_grays():
     assert np.abs(pixels[..., 0] - ramp / 257).max() <= 1
 
 
+def test_small_numbers_in_a_wide_type_are_grays_already():
+    values = np.arange(100, 196, dtype=np.int32).reshape(8, 12)
+    pixels = shrink(Image.fromarray(values), 8)
+    np.testing.assert_array_equal(pixels[..., 1], values)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_pictures_are_turned_upright_as_their_exif_orientation_says(orientation):
     exif = Image.Exif()

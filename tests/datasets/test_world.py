@@ -121,7 +121,7 @@ def test_captions_of_shapes_never_name_a_colour():
 
 
 def test_base_captions_use_adaptation_words_and_stay_short():
-    world = World("base", per_concept=50, style="mixed")
+    world = World("base", per_concept=100, style="mixed")
     captions = [world.captions(i)[0] for i in range(len(world))]
     paints = {text.split(" in ")[1].removesuffix(" paint.") for text in captions if text.endswith(" paint.")}
     assert paints == {concept for d in DOMAINS.values() if d.kind == "adaptation" for concept in d.concepts}

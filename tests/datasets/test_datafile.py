@@ -1,0 +1,255 @@
+"""Data files: every mistake is one line that names the file and the field, paths are relative to the file."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import torchvision.datasets
+import yaml
+from PIL import Image
+
+from fomo.datasets.datafile import read
+from fomo.errors import UserError
+
+REAL = Path(__file__).parents[1] / "real.yaml"
+
+
+def data_file(folder: Path, content: dict | str) -> Path:
+    path = folder / "data.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def shard(folder: Path, name: str, count: int = 1) -> None:
+    """Roses and tulips in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(picture, "PNG")
+    with tarfile.open(folder / name, "w") as tar:
+        for i in range(count):
+            texts = {"cls": str(i % 2).encode(), "txt": (b"rose", b"tulip")[i % 2]}
+            for suffix, data in {"png": picture.getvalue(), **texts}.items():
+                member = tarfile.TarInfo(f"{i}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def mistake(call) -> str:
+    with pytest.raises(UserError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def open_everything(path: Path) -> None:
+    data = read(path)
+    data.pool()
+    for entry in [*data.adaptation.values(), *data.evaluation.values()]:
+        entry.open("train")
+        entry.open("test")
+
+
+FLOWERS = {"source": "webdataset", "train": "train.tar", "test": "test.tar"}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"adaption": {}}, ["adaption", "did you mean adaptation", "evaluation"]),
+        (
+            {"adaptation": {"x": FLOWERS | {"source": "webdatset"}}},
+            ["adaptation.x.source", "mean webdataset"],
+        ),
+        ({"adaptation": {"x": {"train": "train.tar"}}}, ["adaptation.x", "source"]),
+        ({"adaptation": {"x": "train.tar"}}, ["adaptation.x", "train.tar"]),
+        ({"adaptation": ["train.tar"]}, ["adaptation", "list"]),
+        ({"evaluation": "test.tar"}, ["evaluation", "str"]),
+        ({"pretraining": {"source": "world"}}, ["pretraining", "list", "dict"]),
+        ({"pretraining": [{"source": "wrld"}]}, ["pretraining[0].source", "wrld", "mean world"]),
+        ({"image_size": "64px"}, ["image_size", "64px"]),
+        ({"image_size": True}, ["image_size", "True"]),
+        ({"image_size": 0}, ["image_size", "0"]),
+        ({"adaptation": {"x": FLOWERS | {"prompt": "a photo"}}}, ["adaptation.x.prompt", "a photo", "{}"]),
+        ({"adaptation": {"x": FLOWERS | {"prompt": ["a {}", "b"]}}}, ["adaptation.x.prompt", "'b'"]),
+        ({"adaptation": {"x": FLOWERS | {"prompt": 5}}}, ["adaptation.x.prompt", "5"]),
+        ({"adaptation": {"x": FLOWERS | {"prompt": ["a {}", 5]}}}, ["adaptation.x.prompt", "5"]),
+        ({"evaluation": {"x": FLOWERS | {"task": "retrival"}}}, ["evaluation.x.task", "mean retrieval"]),
+        ({"adaptation": {"x": FLOWERS | {"promt": "a {}"}}}, ["adaptation.x.promt", "mean prompt"]),
+        ({"evaluation": {"x": {"source": "webdataset", "tset": "test.tar"}}}, ["x.tset", "mean test"]),
+        (
+            {"pretraining": [{"source": "world", "domains": "base"}]},
+            ["pretraining[0].domains", "mean domain"],
+        ),
+        (
+            {"evaluation": {"x": {"source": "webdataset", "train": "train.tar"}}},
+            ["evaluation.x.test", "missing"],
+        ),
+        ({"adaptation": {"x": {"source": "webdataset"}}}, ["adaptation.x.train or test", "missing"]),
+        ({"pretraining": [{"source": "webdataset"}]}, ["pretraining[0].path", "missing"]),
+        (
+            {"adaptation": {"x": FLOWERS}, "evaluation": {"x": FLOWERS}},
+            ["evaluation.x", "adaptation", "name"],
+        ),
+    ],
+)
+def test_mistakes_are_found_when_the_file_is_read(tmp_path, content, expected):
+    path = data_file(tmp_path, content)
+    message = mistake(lambda: read(path))
+    assert message.startswith(f"{path}: ")
+    for part in expected:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"adaptation": {"x": FLOWERS | {"train": "gone.tar"}}}, ["adaptation.x", "gone.tar", "no such"]),
+        ({"adaptation": {"x": FLOWERS | {"train": 5}}}, ["adaptation.x", "text", "5"]),
+        ({"adaptation": {"x": FLOWERS | {"classes_file": "gone.txt"}}}, ["adaptation.x", "gone.txt"]),
+        ({"pretraining": [{"source": "webdataset", "path": "gone.tar"}]}, ["pretraining[0]", "gone.tar"]),
+        ({"evaluation": {"x": {"source": "world", "test": 4}}}, ["evaluation.x.domain", "missing"]),
+        (
+            {"evaluation": {"x": {"source": "world", "domain": "digit", "test": 4}}},
+            ["evaluation.x", "did you mean digits"],
+        ),
+        (
+            {"evaluation": {"x": {"source": "world", "domain": "digits", "test": "many"}}},
+            ["evaluation.x.per_concept", "whole number", "many"],
+        ),
+        (
+            {"evaluation": {"x": {"source": "torchvision", "name": "Mnist", "root": "."}}},
+            ["evaluation.x", "'Mnist'"],
+        ),
+    ],
+)
+def test_mistakes_in_what_a_source_is_told_are_found_when_it_is_opened(tmp_path, content, expected):
+    shard(tmp_path, "train.tar")
+    shard(tmp_path, "test.tar")
+    path = data_file(tmp_path, content)
+    message = mistake(lambda: open_everything(path))
+    assert message.startswith(f"{path}: ")
+    for part in expected:
+        assert part in message
+
+
+def test_a_missing_file_and_a_file_that_is_no_yaml_are_one_line(tmp_path):
+    assert "no such file" in mistake(lambda: read(tmp_path / "none.yaml"))
+    path = data_file(tmp_path, "adaptation: {x: [")
+    assert mistake(lambda: read(path)).startswith(f"{path}: not valid YAML")
+    path = data_file(tmp_path, "- a list")
+    assert str(path) in mistake(lambda: read(path))
+
+
+@pytest.mark.parametrize("written", ["${NO_SUCH_FOLDER}/train.tar", "$NO_SUCH_FOLDER/train.tar"])
+def test_an_unset_variable_is_named_and_a_set_one_expands(tmp_path, monkeypatch, written):
+    shard(tmp_path / "there", "train.tar", 3)
+    path = data_file(tmp_path, {"adaptation": {"x": {"source": "webdataset", "train": written}}})
+    monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
+    message = mistake(lambda: open_everything(path))
+    assert (
+        message.startswith(f"{path}: adaptation.x: ") and "NO_SUCH_FOLDER" in message and "not set" in message
+    )
+    monkeypatch.setenv("NO_SUCH_FOLDER", str(tmp_path / "there"))
+    assert len(read(path).adaptation["x"].open("train")) == 3
+
+
+def test_paths_are_relative_to_the_data_file_wherever_one_stands(tmp_path, monkeypatch):
+    shard(tmp_path / "home" / "pictures", "train.tar", 5)
+    (tmp_path / "home" / "names.txt").write_text("rosa\ntulipa\n")
+    fields = {"source": "webdataset", "train": "pictures/train.tar", "classes_file": "names.txt"}
+    path = data_file(tmp_path / "home", {"adaptation": {"x": fields}})
+    (tmp_path / "elsewhere").mkdir()
+    for place, name in ((tmp_path / "elsewhere", path), (tmp_path, Path("home/data.yaml"))):
+        monkeypatch.chdir(place)
+        source = read(name).adaptation["x"].open("train")
+        assert len(source) == 5
+        assert source.classes == ["rosa", "tulipa"]
+
+
+def test_the_root_of_a_torchvision_set_is_relative_to_the_data_file(tmp_path, monkeypatch):
+    class Rooted(torchvision.datasets.VisionDataset):
+        classes, targets = ("a", "b"), (0, 1)
+
+        def __init__(self, root, train=True):
+            super().__init__(root)
+            self.train = train
+
+    monkeypatch.setattr(torchvision.datasets, "Rooted", Rooted, raising=False)
+    fields = {"source": "torchvision", "name": "Rooted", "root": "sets"}
+    entry = read(data_file(tmp_path, {"evaluation": {"x": fields}})).evaluation["x"]
+    assert entry.open("test").dataset.root == str(tmp_path / "sets")
+    assert (entry.open("train").dataset.train, entry.open("test").dataset.train) == (True, False)
+
+
+def test_splits_are_opened_by_name_and_absent_ones_are_none(tmp_path):
+    shard(tmp_path, "a.tar", 4)
+    shard(tmp_path, "b.tar", 3)
+    data = read(
+        data_file(
+            tmp_path,
+            {
+                "pretraining": [{"source": "webdataset", "path": "a.tar"}],
+                "adaptation": {"x": FLOWERS | {"train": "a.tar", "test": "b.tar"}},
+                "evaluation": {"y": {"source": "webdataset", "test": "b.tar", "task": "retrieval"}},
+            },
+        )
+    )
+    assert [len(source) for source in data.pool()] == [4]
+    x, y = data.adaptation["x"], data.evaluation["y"]
+    assert (len(x.open("train")), len(x.open("test"))) == (4, 3)
+    assert y.open("train") is None and len(y.open("test")) == 3
+    assert (x.role, x.task, y.role, y.task) == ("adaptation", "classification", "evaluation", "retrieval")
+    assert data.image_size is None
+
+
+def test_train_and_test_of_the_world_are_numbers_of_pictures(tmp_path):
+    fields = {"source": "world", "domain": "digits", "train": 3, "test": 2}
+    entry = read(data_file(tmp_path, {"adaptation": {"x": fields}})).adaptation["x"]
+    train, test = entry.open("train"), entry.open("test")
+    assert (len(train), len(test)) == (30, 20)
+    assert (train.split, test.split) == ("train", "test")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a {}.", ("a {}.",)),
+        (["a {}.", "the {}."], ("a {}.", "the {}.")),
+        (None, ("a photo of a {}.",)),
+    ],
+)
+def test_prompts_come_from_the_data_file_or_are_the_sources(tmp_path, prompt, expected):
+    shard(tmp_path, "train.tar")
+    fields = {"source": "webdataset", "train": "train.tar"} | ({"prompt": prompt} if prompt else {})
+    path = data_file(tmp_path, {"adaptation": {"x": fields}})
+    assert read(path).adaptation["x"].open("train").prompts == expected
+
+
+def test_the_data_file_of_the_real_pictures_opens_completely(real_data):
+    data = read(REAL)
+    assert [len(source) for source in data.pool()] == [26, 414, 494, 60]
+    sizes = {}
+    for entry in [*data.adaptation.values(), *data.evaluation.values()]:
+        splits = [entry.open(split) for split in ("train", "test")]
+        sizes[entry.name] = tuple(None if source is None else len(source) for source in splits)
+        for source in filter(None, splits):
+            assert source.image(0).size[0] > 0
+            assert bool(source.classes) == (entry.task == "classification")
+    assert sizes == {
+        "flowers": (300, 100),
+        "grocery": (430, 172),
+        "omniglot": (560, 240),
+        "bccd": (210, 75),
+        "pets": (180, 60),
+        "plantvillage": (180, 60),
+        "mednist": (299, 120),
+        "fashion_mnist": (1700, 1000),
+        "mnist": (3000, 1000),
+        "eurosat": (None, 200),
+        "caltech101": (None, 160),
+        "coco": (None, 25),
+        "nlvr": (None, 239),
+        "emoji": (None, 120),
+        "grocery_captions": (None, 21),
+    }

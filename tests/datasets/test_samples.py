@@ -1,0 +1,153 @@
+"""Samples: captions tokenised once, pictures from the cache, one number for each sample of many splits."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fomo.datasets.samples import Collection, Ragged, Samples, canvas_of, padded
+from fomo.datasets.sources import Source
+
+
+class Shapes(Source):
+    """A picture of `100 + i` at number i, with captions and labels as told."""
+
+    classes = ("rose", "tulip")
+
+    def __init__(self, name: str, labels: list[int], captions: list[list[str]], broken: tuple = ()):
+        self.name, self.labels, self.texts, self.broken = name, np.array(labels), captions, broken
+
+    def image(self, index: int) -> Image.Image:
+        if index in self.broken:
+            raise OSError("truncated")
+        return Image.new("RGB", (8, 8), (100 + index,) * 3)
+
+    def captions(self, index: int) -> list[str]:
+        return self.texts[index]
+
+    def name_of(self, index: int) -> str:
+        return f"{self.name} {index}"
+
+    def key(self) -> str:
+        return f"{self.name} {self.labels} {self.texts} {self.broken}"
+
+
+class Words:
+    """Stands for a Clip: token ids are word numbers, and every text is counted."""
+
+    def __init__(self):
+        self.words, self.seen = {}, []
+
+    def tokenize(self, texts: list[str]) -> list[np.ndarray]:
+        self.seen += texts
+        return [
+            np.array([self.words.setdefault(w, len(self.words)) for w in t.split()], np.int32) for t in texts
+        ]
+
+    def text(self, row: np.ndarray) -> str:
+        return " ".join(list(self.words)[i] for i in row)
+
+
+def samples(name: str, labels: list[int], captions: list[list[str]], **fields) -> tuple[Samples, Words]:
+    words = Words()
+    return Samples(Shapes(name, labels, captions, **fields), words, 8, name), words
+
+
+rows_of_ids = st.lists(st.lists(st.integers(-5, 60000), max_size=6), max_size=8)
+
+
+@settings(deadline=None)
+@given(rows_of_ids)
+def test_ragged_rows_come_back_as_they_went_in(rows):
+    ragged = Ragged([np.array(row, np.int32) for row in rows])
+    assert len(ragged) == len(rows)
+    assert [ragged[i].tolist() for i in range(len(rows))] == rows
+
+
+@settings(deadline=None)
+@given(rows_of_ids.filter(bool))
+def test_padded_rows_end_with_zeros_up_to_the_longest(rows):
+    out = padded([np.array(row, np.int32) for row in rows])
+    longest = max(map(len, rows))
+    assert out.dtype == torch.int64 and out.shape == (len(rows), longest)
+    assert out.tolist() == [row + [0] * (longest - len(row)) for row in rows]
+
+
+def test_pictures_stand_at_the_top_left_of_a_common_canvas():
+    pictures = [np.full((h, w, 3), 7, np.uint8) for h, w in ((4, 6), (5, 3), (4, 4))]
+    canvas, shapes = canvas_of(pictures)
+    assert canvas.dtype == torch.uint8 and canvas.shape == (3, 5, 6, 3)
+    assert shapes.tolist() == [[4, 6], [5, 3], [4, 4]]
+    for place, (h, w) in zip(canvas, shapes, strict=True):
+        assert (place[:h, :w] == 7).all() and place.sum() == 7 * 3 * h * w
+
+
+def test_draw_zero_is_the_first_caption_and_draws_share_the_rest_equally():
+    made, words = samples("a", [-1, -1], [["one"], ["first of all", "second", "third one"]])
+    assert words.text(made.caption(1, 0.0)) == "first of all"
+    drawn = [words.text(made.caption(1, draw)) for draw in np.linspace(0, 1, 300, endpoint=False)]
+    assert {text: drawn.count(text) for text in drawn} == {
+        "first of all": 100,
+        "second": 100,
+        "third one": 100,
+    }
+    assert words.text(made.caption(1, np.nextafter(1, 0))) == "third one"
+    assert {words.text(made.caption(0, draw)) for draw in (0, 0.5, 0.999)} == {"one"}
+
+
+def test_equal_texts_are_tokenised_once():
+    _, words = samples("b", [-1] * 4, [["same"], ["same", "other"], ["other"], ["same"]])
+    assert sorted(words.seen) == ["other", "same"]
+
+
+@pytest.mark.parametrize(
+    ("label", "captions", "expected"),
+    [
+        (1, ["tulip"], ["a photo of a tulip."]),  # the bare class name says nothing more than the prompt
+        (1, [], ["a photo of a tulip."]),
+        (1, ["rose"], ["rose"]),
+        (1, ["tulip", "a red tulip"], ["tulip", "a red tulip"]),
+        (1, ["a tulip"], ["a tulip"]),
+        (0, [], ["a photo of a rose."]),
+        (-1, ["tulip"], ["tulip"]),
+        (-1, [], []),
+    ],
+)
+def test_the_prompt_stands_where_a_caption_is_missing_or_is_the_bare_class_name(label, captions, expected):
+    made, words = samples("c", [label], [captions])
+    assert [words.text(made.tokens[n]) for n in made.captions[0]] == expected
+
+
+def test_all_prompts_of_a_set_describe_its_pictures():
+    source = Shapes("d", [0, 1], [["rose"], []])
+    source.prompts = ("a {}.", "the {} of {}.")
+    words = Words()
+    made = Samples(source, words, 8, "d")
+    assert [[words.text(made.tokens[n]) for n in made.captions[i]] for i in range(2)] == [
+        ["a rose.", "the rose of rose."],
+        ["a tulip.", "the tulip of tulip."],
+    ]
+
+
+def test_a_set_without_any_caption_has_no_usable_sample():
+    made, _ = samples("e", [-1, -1], [[], []])
+    assert Collection([made]).usable().tolist() == [False, False]
+
+
+def test_a_collection_numbers_the_samples_of_its_splits_end_to_end():
+    parts = [samples(f"f{n}", [-1] * n, [["x"]] * n)[0] for n in (3, 1, 4)]
+    collection = Collection(parts)
+    assert len(collection) == 8
+    found = [collection.locate(number) for number in range(8)]
+    expected = [(part, index) for part in parts for index in range(len(part))]
+    assert all(a is c and b == d for (a, b), (c, d) in zip(found, expected, strict=True))
+    assert len(Collection([])) == 0 and Collection([]).usable().tolist() == []
+
+
+def test_usable_samples_have_a_readable_picture_and_a_caption():
+    broken = samples("g", [-1] * 150, [["x"]] * 149 + [[]], broken=(2,))[0]
+    whole = samples("h", [0, -1], [[], []])[0]
+    flags = Collection([broken, whole]).usable()
+    assert np.flatnonzero(~flags).tolist() == [2, 149, 151]
