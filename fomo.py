@@ -23,6 +23,8 @@ class Commands(click.Group):
             status, message = 2, str(error)
         except Failure as error:
             status, message = 1, str(error)
+        except OSError as error:  # a full disk, a folder that may not be written
+            status, message = 1, " ".join(str(error).split())
         except Interrupted as stop:
             status, message = stop.exit_status, str(stop)
         print(f"fomo: {message}", file=sys.stderr)

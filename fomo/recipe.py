@@ -172,6 +172,7 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self):
+        at_least("seed", self.seed, 0)
         one_of("precision", self.precision, ("auto", "float32", "bf16"))
         if self.optimizer.lr is None:
             raise FieldError(

@@ -96,7 +96,8 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_status_2(name, small_scale, tmp_path):
     arguments, expected = MISTAKES[name]
-    base = ["update", "--scale", small_scale, "--out", tmp_path / "run"]
+    base = ["update", "--recipe", ROOT / "recipes/merge.yaml"]
+    base += ["--scale", small_scale, "--out", tmp_path / "run"]
     done = invoke(*base, *arguments)
     assert done.exit_code == 2, done.output
     lines = [line for line in done.stderr.splitlines() if line.strip()]
