@@ -107,7 +107,7 @@ def pretrain(out, device, **said):
     from fomo.pretrain import pretrain_scale
     from fomo.recipe import load
 
-    print(pretrain_scale(load(None, **said).model, out, device))
+    print(pretrain_scale(load(None, **said), out, device))
 
 
 @cli.command()

@@ -18,7 +18,7 @@ from fomo.datasets.pixels import cache_root
 from fomo.datasets.samples import Collection, Samples
 from fomo.errors import UserError
 from fomo.methods import Method
-from fomo.recipe import Model, Optimizer, Pretraining
+from fomo.recipe import Model, Optimizer, Pretraining, Recipe
 from fomo.schedules import Schedule, learning_rate
 from fomo.train import pick_device, train
 
@@ -35,8 +35,9 @@ def starting_model(model: Model, device: torch.device) -> Clip:
     return load(None, str(folder))
 
 
-def pretrain_scale(model: Model, out: str | None, device: str) -> Path:
+def pretrain_scale(recipe: Recipe, out: str | None, device: str) -> Path:
     """Make a scale's own model in `out`, or in the cache; -> where it is."""
+    model = recipe.model
     if model.pretraining is None:
         raise UserError(
             f"the scale starts from {model.name}/{model.pretrained}, there is nothing to pretrain"
@@ -45,7 +46,7 @@ def pretrain_scale(model: Model, out: str | None, device: str) -> Path:
     if out and folder.exists():
         raise UserError(f"-o {folder}: exists already")
     if not folder.exists():
-        pretrain(model, folder, pick_device(device))
+        pretrain(model, folder, pick_device(device, recipe.threads))
     return folder
 
 

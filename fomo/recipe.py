@@ -162,6 +162,7 @@ class Recipe:
     scale: str = "tiny"
     seed: int = 0
     precision: str = "auto"  # bf16 autocast on CUDA, float32 elsewhere
+    threads: int | None = None  # of torch on the CPU; torch's default
     stream: Stream = field(default_factory=Stream)
     mixture: Mixture = field(default_factory=Mixture)
     budget: Budget = field(default_factory=Budget)
@@ -173,6 +174,8 @@ class Recipe:
 
     def __post_init__(self):
         at_least("seed", self.seed, 0)
+        if self.threads is not None:
+            at_least("threads", self.threads, 1)
         one_of("precision", self.precision, ("auto", "float32", "bf16"))
         if self.optimizer.lr is None:
             raise FieldError(
@@ -314,6 +317,7 @@ def load(
     scale_path, sized, defaults = load_scale(str(scale_name))
     if "pretrained" in said.get("model", {}) or "name" in said.get("model", {}) or model is not None:
         sized.pop("model")
+        sized.pop("threads", None)  # they suit the scale's own model
     values = merged(merged(merged(sized, said), line), {"scale": str(scale_name)})
     origins = [("command line", line), (str(recipe_path), said), (str(scale_path), sized)]
     try:

@@ -99,8 +99,10 @@ class Timed:
         return lap
 
 
-def pick_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU."""
+def pick_device(name: str, threads: int | None = None) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU, there with so many threads."""
+    if threads:
+        torch.set_num_threads(threads)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)

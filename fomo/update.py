@@ -112,6 +112,9 @@ class Life:
         self.clock = time.monotonic()
 
     def restore(self, checkpoint: dict) -> None:
+        if checkpoint["machine"] != machine():
+            changed = f"{checkpoint['machine']} then, {machine()} now"
+            print(f"{self.run.folder}: results may differ in their last bits: {changed}", file=sys.stderr)
         self.model.load_state_dict(checkpoint["model"])
         self.method.load_state(checkpoint["method"])
         if checkpoint["optimizer"] is not None:
@@ -122,7 +125,8 @@ class Life:
         self.tick()
         optimizer = self.optimizer.state_dict() if self.optimizer else None
         state = self.method.state()
-        self.run.save_checkpoint(model=self.model.state_dict(), method=state, optimizer=optimizer)
+        weights = self.model.state_dict()
+        self.run.save_checkpoint(model=weights, method=state, optimizer=optimizer, machine=machine())
 
     def tick(self) -> None:
         """Add the time since the last tick to the run's."""
@@ -247,6 +251,11 @@ def set_temperature(model: nn.Module, temperature: Temperature) -> None:
         model.logit_scale.requires_grad_(False)
 
 
+def machine() -> dict:
+    """What the last bits of a CPU run depend on."""
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the device on CUDA, else of this process."""
     if device.type == "cuda":
@@ -262,7 +271,7 @@ def default_folder(recipe_path: str, recipe: Recipe, data: str | None) -> Path:
 
 def run_recipe(recipe: Recipe, folder: Path, *, resume: bool, device: str, workers: int = 0) -> str:
     """Run `recipe` in the run folder and write its report; -> a line about what came of it."""
-    place = pick_device(device)
+    place = pick_device(device, recipe.threads)
     run, checkpoint = Run.open(folder, recipe, resume)
     if not (run.position.update == recipe.stream.updates and run.position.evaluated):
         life = Life(recipe, starting_model(recipe.model, place), run, place, workers)
@@ -280,7 +289,7 @@ def run_recipe(recipe: Recipe, folder: Path, *, resume: bool, device: str, worke
 
 def score_model(recipe: Recipe, device: str) -> dict:
     """The scores of the recipe's model on the whole test sets of the recipe's data."""
-    place = pick_device(device)
+    place = pick_device(device, recipe.threads)
     clip = starting_model(recipe.model, place)
     clip.model.to(place)
     data = datafile.read(recipe.data)
