@@ -415,7 +415,7 @@ ALL_DOMAINS = (
     Domain("digits", "base", "digit {}", DIGITS, glyphs(), 0.7),
     Domain("letters", "base", "letter {}", {c: LETTERS[c] for c in "ABCDEFGHIJ"}, glyphs(), 0.7),
     Domain("arrows", "base", "arrow {}", {d: 45 * i for i, d in enumerate(DIRECTIONS)}, arrow, 0.75),
-    Domain("counts", "base", "group of {}", COUNTS, dots, 0.9),
+    Domain("counts", "base", "group of {}", COUNTS, dots, 0.75),
     Domain("faces", "base", "{} face", FACES, glyphs(".448", mirror=True, thin=0.8), 0.95),
     Domain("icons", "base", "{}", ICONS, glyphs(mirror=True)),
     Domain("places", "base", "{} scene", PLACES, glyphs(mirror=True, reach=2), 1.05, colours="own"),
