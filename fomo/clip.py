@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from open_clip.transformer import text_global_pool
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fomo.errors import UserError
+from fomo.files import write_tensors
 
 # What reading a file that is no checkpoint, or a failed download, may raise.
 NOT_TENSORS = (
@@ -250,9 +250,7 @@ def plausible(config: dict, shapes: dict) -> bool:
 
 def save(clip: Clip, directory: Path) -> None:
     """Write what open_clip opens as "local-dir:DIRECTORY" and hubs accept as it is."""
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = {n: t.detach().cpu().contiguous() for n, t in clip.model.state_dict().items()}
-    save_file(weights, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_tensors(clip.model.state_dict(), directory / WEIGHTS_FILE)
     (directory / CONFIG_FILE).write_text(json.dumps(clip.config, indent=2) + "\n")
     if hasattr(clip.tokenizer, "save_pretrained"):
         clip.tokenizer.save_pretrained(directory)

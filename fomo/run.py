@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors.torch import save_file
 
 from fomo.clip import Clip, save
 from fomo.errors import Interrupted, UserError
+from fomo.files import settle, write_atomically, write_tensors
 from fomo.recipe import Recipe, dump
 
 KEPT_CHECKPOINTS = 2
@@ -100,11 +100,8 @@ class Run:
 
     def save_weights(self, clip: Clip, keep: int | None) -> None:
         """The deployed weights of this update, and as the model that open_clip opens."""
-        weights = {n: t.detach().cpu().contiguous() for n, t in clip.model.state_dict().items()}
         target = self.folder / "weights" / f"update_{self.position.update:03d}.safetensors"
-        staging = target.with_suffix(".part")
-        save_file(weights, staging, metadata={"format": "pt"})
-        settle(staging, target)
+        write_tensors(clip.model.state_dict(), target)
         if keep is not None:
             for old in sorted(target.parent.glob("update_*.safetensors"))[1:-keep]:  # the original stays
                 old.unlink()
@@ -131,22 +128,6 @@ def same_recipe(path: Path, recipe: Recipe) -> None:
     differing = [key for key in now if before.get(key) != now[key]]
     if differing:
         raise UserError(f"{path}: the run began with another recipe, differing: {', '.join(differing)}")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    staging = path.with_name(path.name + ".part")
-    staging.write_bytes(content)
-    settle(staging, path)
-
-
-def settle(staging: Path, path: Path) -> None:
-    """Flush `staging` to the disk and give it its name."""
-    with open(staging, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(staging, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
 
 
 def file_hash(path: Path) -> str:

@@ -104,6 +104,8 @@ class Life:
         self.method = build_method(recipe.method)
         self.material = open_material(recipe, clip)
         set_temperature(self.model, recipe.temperature)
+        self.method.keep_in(run.folder)
+        torch.manual_seed(recipe.seed)  # of what methods draw in `prepare`
         self.parameters = self.method.prepare(self.model)
         if recipe.temperature.learn and not any(p is self.model.logit_scale for p in self.parameters):
             self.model.logit_scale.requires_grad_(True)

@@ -171,6 +171,12 @@ class Rule:
     def plan(self, stack: Stack) -> Any:
         """What must be known of all models before the first tensor can be merged."""
 
+    def fold(self, raw: Sequence[float]) -> "Rule | None":
+        """The rule that takes the n-th expert into a running merge of those before it, so that they need not be
+        kept: a merge of n models is this rule alone on [running merge]. None where there is no such form.
+        raw: the experts' weights up to a common factor, oldest first.
+        """
+
     def tensor(self, name: str, thetas: Iterator[Tensor], base: Tensor | None, plan: Any) -> Tensor:
         """One merged tensor, new memory; thetas come one by one, oldest first."""
         taus = (self.each(theta - base, name, i, plan) for i, theta in enumerate(thetas))
@@ -203,6 +209,9 @@ class Interpolate(Rule):
         if n != 2:
             raise FieldError("keep", f"is the share of old of two models, got {n} models: give weights")
         return [self.keep, 1 - self.keep]
+
+    def fold(self, raw):
+        return Interpolate(keep=sum(raw[:-1]) / sum(raw))
 
     def tensor(self, name, thetas, base, plan):
         return weighted_sum(plan, thetas)
@@ -245,6 +254,9 @@ class TaskArithmetic(Rule):
     def plan(self, stack):
         n = len(stack.models)
         return [n * w for w in shares(self.weights, n)]
+
+    def fold(self, raw):
+        return TaskArithmetic(scale=1.0) if len(set(raw)) == 1 else None  # other weights change with n
 
     def each(self, tau, name, i, plan):
         return tau.mul_(plan[i])
@@ -338,6 +350,9 @@ class MagMax(Rule):
     """
 
     scale: float = 1.0
+
+    def fold(self, raw):
+        return MagMax(scale=1.0)
 
     def combine(self, taus):
         return reduce(lambda old, new: torch.where(new.abs() >= old.abs(), new, old), taus)

@@ -6,6 +6,7 @@ leaves in it the weights to deploy. The loop in update.py owns forward, backward
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,9 @@ class Method:
     def accepted(cls, spec: dict) -> set[str]:
         """The fields that `spec` may have."""
         return {name for name, field in cls.__dataclass_fields__.items() if field.init}
+
+    def keep_in(self, folder: Path) -> None:
+        """Before `prepare`: the run folder, for a method whose state is too large for memory."""
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         """Once per run: alter the model if needed; return what is trained."""

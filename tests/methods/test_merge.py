@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from fomo import weights
 from fomo.errors import FieldError
 from fomo.methods import build_method
 
@@ -20,9 +21,12 @@ class Toy(nn.Module):
         self.register_buffer("count", torch.tensor(0))
 
 
-def live(spec, deltas):
+def live(spec, deltas, folder=None):
     """Merge over time where update t adds deltas[t] -> (start, tuned, deployed) vectors of `a` by update."""
     model, method = Toy(), build_method({"name": "merge", **spec})
+    if folder:
+        folder.mkdir(exist_ok=True)
+        method.keep_in(folder)
     method.prepare(model)
     starts, tuned, deployed = [], [], []
     for delta in deltas:
@@ -79,6 +83,70 @@ def test_deploying_what_was_tuned_is_plain_finetuning(deltas):
 def test_the_ends_of_keep_are_exact(keep, deltas):
     _, tuned, deployed = live({"keep": keep}, deltas)
     assert torch.equal(deployed[-1], Toy().a.detach() if keep else tuned[-1])
+
+
+@pytest.mark.parametrize("init", ["zeroshot", "finetuned", "ema", "all"])
+@pytest.mark.parametrize("deploy", ["finetuned", "ema", "all"])
+def test_all_twelve_cells_start_and_deploy_what_they_say(init, deploy, deltas):
+    origin, k = Toy().a.detach(), 0.6
+    starts, tuned, deployed = live({"init": init, "deploy": deploy, "keep": k}, deltas)
+    ema = mean = origin
+    for t in range(UPDATES):
+        expected = {"zeroshot": origin, "finetuned": tuned[t - 1] if t else origin, "ema": ema, "all": mean}
+        torch.testing.assert_close(starts[t], expected[init])
+        ema = k * ema + (1 - k) * tuned[t]
+        mean = torch.stack(tuned[: t + 1]).mean(0)
+        torch.testing.assert_close(deployed[t], {"finetuned": tuned[t], "ema": ema, "all": mean}[deploy])
+
+
+@pytest.mark.parametrize("rule", ["interpolate", "task_arithmetic", "magmax", "ties", "model_stock"])
+@pytest.mark.parametrize("recency", ["equal", "linear", "reversed_square"])
+def test_offline_merging_is_the_rule_on_all_experts(rule, recency, deltas, tmp_path):
+    """Running forms and experts on disk give what the rule gives when all experts are at hand."""
+    spec = {"init": "zeroshot", "deploy": "all", "rule": rule, "recency": recency}
+    _, tuned, deployed = live(spec, deltas, tmp_path)
+    origin = {"a": Toy().a.detach()}
+    weighted = (
+        {"weights": weights.recency(recency, UPDATES)} if rule in ("interpolate", "task_arithmetic") else {}
+    )
+    exact = weights.build_rule({"rule": rule, **weighted})
+    expected = dict(weights.merge(exact, [{"a": e} for e in tuned], origin))["a"]
+    torch.testing.assert_close(deployed[-1], expected)
+
+
+def test_experts_are_kept_on_disk_only_where_the_rule_needs_them(deltas, tmp_path):
+    live({"init": "zeroshot", "deploy": "all"}, deltas, tmp_path / "a")
+    live({"init": "zeroshot", "deploy": "all", "rule": "ties"}, deltas, tmp_path / "b")
+    assert not (tmp_path / "a/experts").exists()
+    assert len(list((tmp_path / "b/experts").glob("*.safetensors"))) == UPDATES
+
+
+def test_merging_every_step_is_an_exponential_moving_average(deltas):
+    model, method = Toy(), build_method({"name": "merge", "per_step": True, "keep": 0.9})
+    method.prepare(model)
+    method.before_update(model)
+    expected = model.a.detach().clone()
+    for delta in deltas:
+        with torch.no_grad():
+            model.a += delta
+        method.after_step(model, 0.1)
+        expected = 0.9 * expected + 0.1 * model.a.detach()
+    method.after_update(model, [])
+    torch.testing.assert_close(model.a.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ({"rule": "slerp", "deploy": "all"}, "merges two models"),
+        ({"per_step": True, "rule": "ties"}, "is for rule interpolate"),
+        ({"recency": "newest"}, "method.recency: unknown 'newest'"),
+        ({"partner": "zeroshot"}, "method.partner: unknown 'zeroshot'"),
+    ],
+)
+def test_combinations_that_do_not_exist_are_refused(spec, message):
+    with pytest.raises(FieldError, match=message):
+        build_method({"name": "merge", **spec})
 
 
 def test_integer_buffers_are_the_newest(deltas):

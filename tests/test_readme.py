@@ -1,0 +1,44 @@
+"""The README tells the truth: its files are there, and its example method runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fomo.methods
+from fomo.methods import METHODS, Method
+from fomo.recipe import load
+from fomo.update import run_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_file_that_the_readme_links_is_there():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    places = [ROOT, ROOT / "fomo", ROOT / "fomo/methods"]
+    assert len(links) > 10
+    for link in links:
+        assert any((place / link).exists() for place in places), link
+
+
+def test_every_module_is_in_the_readme():
+    for path in (ROOT / "fomo").rglob("*.py"):
+        assert path.name == "__init__.py" or path.stem in README, path.name
+
+
+def test_the_example_method_works_with_one_line_in_methods(small_scale, tmp_path, monkeypatch):
+    from dataclasses import dataclass
+
+    source = re.search(r"```python\n(@dataclass\nclass (\w+).*?)```", README, re.S)
+    scope = {"dataclass": dataclass, "Method": Method, "__name__": "example"}
+    exec(source[1], scope)
+    monkeypatch.setitem(METHODS, "anchored", scope[source[2]])
+    recipe = load(None, scale=str(small_scale), overrides=["method={name: anchored, strength: 0.5}"])
+    assert "in 3 updates" in run_recipe(recipe, tmp_path / "run", resume=False, device="cpu")
+    assert fomo.methods.build_method(recipe.method).strength == 0.5
+
+
+@pytest.mark.parametrize("target", ["update", "test", "lint", "install", "reproduce", "clean", "help"])
+def test_the_makefile_has_what_the_readme_and_ci_call(target):
+    assert re.search(rf"^{target}:.*##", (ROOT / "Makefile").read_text(), re.M)
