@@ -111,6 +111,51 @@ def pretrain(out, device, **said):
 
 
 @cli.command()
+@click.option(
+    "--rule", required=True, metavar="RULE", help="interpolate, slerp, ties, ...: see fomo/weights.py."
+)
+@click.option("--base", metavar="MODEL", help="The common original, for rules on task vectors.")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option(
+    "-o", "out", required=True, metavar="FILE|DIR", help="A file of weights, a model directory, or a plot."
+)
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the rule, as keep=0.5."
+)
+@click.option("--sweep", metavar="KEY=A,B,C", help="Score each value on --data and draw the curve to -o.")
+@options("data", "device")
+def merge(rule, base, models, out, settings, sweep, data, device):
+    """Merge checkpoints, oldest first; a two-model rule takes OLD NEW, and `keep` is the share of OLD."""
+    from fomo.checkpoints import merge_files, sweep_files
+
+    if sweep:
+        print(sweep_files(rule, settings, sweep, base, models, data, Path(out), device))
+    else:
+        print(merge_files(rule, settings, base, models, Path(out)))
+
+
+@cli.command()
+@click.option("--order", metavar="ORDER|FILE.json", help="One of the paper's six, or a stream file.")
+@click.option("--updates", type=int, metavar="T", help="Into so many chunks; by default the scale's.")
+@click.option("--per-dataset", is_flag=True, help="One update per dataset instead of T equal chunks.")
+@click.option("--reverse", is_flag=True, help="The exact reversal.")
+@click.option("--plot", metavar="FILE", help="Draw which dataset feeds which update (.png, .svg).")
+@click.option("-o", "out", metavar="FILE.json", help="Write the stream in the official format.")
+@options("data", "model", "scale", "set", "seed", "device")
+def stream(plot, out, device, order, updates, per_dataset, reverse, **said):
+    """Show the stream of a data file: what each update would learn, in which order."""
+    from fomo.datasets.orders import asked, preview
+    from fomo.pretrain import starting_model
+    from fomo.recipe import load
+    from fomo.train import pick_device
+
+    recipe = load(None, **said)
+    how = asked(recipe.stream, order, updates, reverse, per_dataset)
+    place = pick_device(device, recipe.threads)
+    print(preview(recipe, how, lambda: starting_model(recipe.model, place), place, out=out, picture=plot))
+
+
+@cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("-o", "out", metavar="FILE.html", help="By default report.html in the first run.")
 def report(runs, out):
@@ -118,6 +163,46 @@ def report(runs, out):
     from fomo.report import write_report
 
     print(write_report([Path(run) for run in runs], Path(out) if out else None))
+
+
+@cli.group()
+def data():
+    """What there is to learn from."""
+
+
+@data.command("list")
+@click.option("--root", metavar="DIR", help="Say what of it is in this folder (the authors' layout).")
+def list_datasets(root):
+    """The paper's 63 datasets: sizes, classes, domain, and where each can be had."""
+    from fomo.datasets.catalogue import listing
+
+    print(listing(root))
+
+
+@data.command("check")
+@click.argument("path", metavar="FILE")
+@click.option("--plot", metavar="DIR", help="Draw a contact sheet of each dataset there.")
+def check_data(path, plot):
+    """Open everything that a data file names; exit 2 where something would keep a run from making sense."""
+    from fomo.datasets.check import check
+
+    found = check(path, plot)
+    print(found.text())
+    if found.errors:
+        raise UserError(f"{path}: {len(found.errors)} errors, first: {found.errors[0]}")
+
+
+@data.command("cache")
+@click.argument("path", metavar="FILE")
+@click.option(
+    "--size", type=click.IntRange(min=1), help="Side in pixels; by default the file's or the scale's."
+)
+@options("scale", "set", "model")
+def cache_data(path, size, **said):
+    """Decode and resize every picture of a data file once, in parallel; `update` would do it on first use."""
+    from fomo.datasets.caching import fill_caches, side_of
+
+    print(fill_caches(path, size or side_of(path, said)))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from fomo.clip import Clip, load, new, save
 from fomo.datasets import datafile
-from fomo.datasets.mixture import Batches, Pool
+from fomo.datasets.mixture import Batches, pool_of
 from fomo.datasets.pixels import cache_root
 from fomo.datasets.samples import Collection, Samples
 from fomo.errors import UserError
@@ -52,7 +51,8 @@ def pretrain_scale(recipe: Recipe, out: str | None, device: str) -> Path:
 
 def settings_hash(model: Model) -> str:
     """Everything that decides the weights, but for the machine's rounding."""
-    keys = [source.key() for source in datafile.read(model.pretraining.data).pool()]
+    pool = datafile.read(model.pretraining.data).pool()
+    keys = [s.key() if s.weight == 1 else f"{s.key()} weight {s.weight:g}" for s in pool]
     settings = {**vars(model.pretraining), "data": keys, "config": model.config, "version": VERSION}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]
 
@@ -66,9 +66,7 @@ def pretrain(model: Model, folder: Path, device: torch.device) -> Clip:
     size = data.image_size or clip.image_size
     pool = Collection([Samples(s, clip, size, f"pretraining[{i}]") for i, s in enumerate(data.pool())])
     steps = settings.samples // settings.batch_size
-    draws = [
-        ("pretraining", Pool(pool, np.flatnonzero(pool.usable()), (settings.seed,)), settings.batch_size)
-    ]
+    draws = [("pretraining", pool_of(pool, (settings.seed,)), settings.batch_size)]
     batches = Batches(draws, settings.seed, 0, steps)
     optimizer = optimizer_of(settings, clip)
     schedule = Schedule(name="cosine", warmup=settings.warmup, floor=settings.floor)

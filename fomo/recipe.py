@@ -2,22 +2,18 @@
 
 A recipe is one complete experiment. It names a `scale` (model, data, budget and the defaults of that size);
 precedence is scale < recipe < command line. What `load` returns is complete: written out by `dump`, it repeats
-the run. PyYAML reads `1e-5` as text; `build` repairs that and names the field of everything it refuses.
+the run. Every mistake is one line that names the file and the field (fomo/fields.py).
 """
 
 import dataclasses
-import difflib
-import inspect
-import os
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from fomo.errors import FieldError, UserError
+from fomo.fields import at_least, build, locate, one_of, read_yaml
 from fomo.schedules import Schedule
 
 ROOT = Path(__file__).resolve().parents[1] / "recipes"
@@ -55,15 +51,25 @@ class Model:
             raise FieldError("model", "say name and/or pretrained, or both config and pretraining")
 
 
+ORDERS = ("random", "frequency", "performance", "similarity", "time", "dataset")
+
+
 @dataclass(frozen=True)
 class Stream:
+    """All concepts in order, cut into T updates (datasets/orders.py)."""
+
     order: str = "random"
     updates: int = 20  # T
     reverse: bool = False
     seed: int | None = None  # the recipe's
+    file: str | None = None  # a stream in the official format, in place of an order
+    partial: bool = False  # of `file`, what the data has; false: anything missing is an error
+    counts: str | None = None  # frequency: a file of class names and counts; null: in the pool's captions
+    whole: bool = False  # time: datasets of one year one after the other, not shuffled together
+    per_dataset: bool = False  # every dataset is an update, instead of T equal chunks
 
     def __post_init__(self):
-        one_of("stream.order", self.order, ("random",))
+        one_of("stream.order", self.order, ORDERS)
         at_least("stream.updates", self.updates, 1)
 
 
@@ -77,6 +83,7 @@ class Mixture:
     empty_buffer: str = (
         "split"  # first update: buffer's share goes half to each of the others, or all to `update`
     )
+    limit: int | None = None  # samples that the buffer keeps of all it has seen, uniformly; null: all
 
     def __post_init__(self):
         shares = {"pretraining": self.pretraining, "update": self.update, "buffer": self.buffer}
@@ -86,6 +93,8 @@ class Mixture:
         if abs(sum(shares.values()) - 1) > 1e-6:
             raise FieldError("mixture", f"shares must sum to 1, got {sum(shares.values()):g} from {shares}")
         one_of("mixture.empty_buffer", self.empty_buffer, ("split", "update"))
+        if self.limit is not None:
+            at_least("mixture.limit", self.limit, 1)
 
 
 @dataclass(frozen=True)
@@ -193,101 +202,13 @@ class Recipe:
         return self.budget.samples // self.optimizer.batch_size
 
 
-def one_of(name: str, value: str, accepted: tuple) -> None:
-    if value not in accepted:
-        near = difflib.get_close_matches(str(value), accepted, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise FieldError(name, f"unknown {value!r}{hint}, accepted: {', '.join(accepted)}")
-
-
-def at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise FieldError(name, f"must be at least {least}, got {value}")
-
-
-def build(cls, values: dict, where: str = ""):
-    """Make a `cls` from a nested dict, checked against the signature of its constructor.
-
-    `where` is the dotted path of the dict, for messages.
-    """
-    if not isinstance(values, dict):
-        raise FieldError(where or "recipe", f"expected named fields, got {values!r}")
-    hints, known = typing.get_type_hints(cls.__init__), inspect.signature(cls).parameters
-    refuse_unknown(values, known, where)
-    for name, parameter in known.items():
-        if name not in values and parameter.default is parameter.empty:
-            raise FieldError(dotted(where, name), "missing, and it has no default")
-    return cls(**{key: convert(value, hints[key], dotted(where, key)) for key, value in values.items()})
-
-
-def dotted(where: str, name: str) -> str:
-    return f"{where}.{name}" if where else name
-
-
-def refuse_unknown(values: dict, known: typing.Iterable[str], where: str) -> None:
-    """A FieldError for the first key of `values` that is not known, with the nearest that is."""
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise FieldError(dotted(where, str(key)), f"unknown field{hint}, accepted: {', '.join(known)}")
-
-
-def convert(value: Any, want: Any, where: str) -> Any:
-    """`value` as type `want`, or a FieldError that says what was found and what is accepted."""
-    options = typing.get_args(want) if isinstance(want, types.UnionType) else (want,)
-    if value is None and types.NoneType in options:
-        return None
-    fits = [option for option in options if (typing.get_origin(option) or option) is type(value)]
-    want = fits[0] if fits else next(option for option in options if option is not types.NoneType)
-    if dataclasses.is_dataclass(want):
-        return build(want, value, where)
-    if typing.get_origin(want) is list and isinstance(value, list):
-        return [convert(v, typing.get_args(want)[0], f"{where}[{i}]") for i, v in enumerate(value)]
-    kind = typing.get_origin(want) or want
-    if kind in (int, float) and not isinstance(value, bool):
-        return number(value, kind, where)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = {
-            str: "text",
-            bool: "true or false",
-            dict: "named fields",
-            int: "a whole number",
-            float: "a number",
-        }
-        raise FieldError(where, f"expected {names.get(kind, kind.__name__)}, got {value!r}")
-    return value
-
-
-def number(value: Any, kind: type, where: str) -> int | float:
-    try:
-        parsed = float(value) if isinstance(value, (int, float, str)) else float("nan")
-    except ValueError:
-        parsed = float("nan")
-    if parsed != parsed or parsed in (float("inf"), float("-inf")) or (kind is int and parsed != int(parsed)):
-        raise FieldError(where, f"expected {'a whole number' if kind is int else 'a number'}, got {value!r}")
-    return kind(value) if isinstance(value, int) else kind(parsed)
-
-
-def read_yaml(path: Path) -> dict:
-    """A YAML file of named fields; one clear line for everything that can be wrong with it."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected named fields at the top, got {type(values).__name__}")
-    return values
-
-
-def locate(path: str, beside: Path) -> str:
-    """Expand variables; a relative path is relative to the file that says it."""
-    expanded = os.path.expanduser(os.path.expandvars(path))
-    return str((beside.parent / expanded).resolve())
+def locate_fields(values: dict, file: Path) -> None:
+    """Make the paths that `file` says absolute, in place."""
+    model, stream = values.get("model"), values.get("stream")
+    pretraining = model.get("pretraining") if isinstance(model, dict) else None
+    for section, key in ((values, "data"), (pretraining, "data"), (stream, "file"), (stream, "counts")):
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = locate(section[key], file)
 
 
 def load(
@@ -302,8 +223,8 @@ def load(
     """Read a recipe with its scale and the command line's overrides ("key.path=value")."""
     recipe_path = Path(path) if path else None
     said = read_yaml(recipe_path) if recipe_path else {}
-    if recipe_path and isinstance(said.get("data"), str):
-        said["data"] = locate(said["data"], recipe_path)
+    if recipe_path:
+        locate_fields(said, recipe_path)
     line: dict = {}
     for override in overrides:
         set_path(line, override)
@@ -332,11 +253,7 @@ def load_scale(name: str) -> tuple[Path, dict, dict]:
     if not path.exists() and path.parent == ROOT / "scales":
         one_of("scale", name, tuple(sorted(p.stem for p in path.parent.glob("*.yaml"))))
     values = read_yaml(path)
-    if isinstance(values.get("data"), str):
-        values["data"] = locate(values["data"], path)
-    pretraining = (values.get("model") or {}).get("pretraining")
-    if isinstance(pretraining, dict) and isinstance(pretraining.get("data"), str):
-        pretraining["data"] = locate(pretraining["data"], path)
+    locate_fields(values, path)
     return path, values, values.pop("defaults", {})
 
 
@@ -379,13 +296,15 @@ def merged(low: dict, high: dict) -> dict:
 
 
 def with_defaults(values: dict, defaults: dict) -> dict:
-    """Fill in the scale's `defaults` (lr by innermost method, keep) where the recipe leaves them open."""
+    """Fill in the scale's `defaults` where the recipe leaves them open: keep, and lr by the innermost method
+    (finetune's for a method that the scale does not list)."""
     from fomo.methods import accepted_fields, build_method, innermost  # methods import this module
 
     method = values.get("method", {"name": "finetune"})
     build_method(method)  # its own checks
     values = merged({"method": method, "optimizer": {}}, values)
-    lr = defaults.get("lr", {}).get(innermost(method))
+    peaks = defaults.get("lr", {})
+    lr = peaks.get(innermost(method), peaks.get("finetune"))
     if isinstance(values["optimizer"], dict) and values["optimizer"].get("lr") is None and lr is not None:
         values["optimizer"] = {**values["optimizer"], "lr": lr}
     fill = {

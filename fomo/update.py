@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from fomo.clip import Clip
 from fomo.datasets import datafile
-from fomo.datasets.mixture import Batches, Pool, sub_batches
+from fomo.datasets.mixture import Batches, Pool, pool_of, reservoir, sub_batches
+from fomo.datasets.orders import Known, Reference, make_stream
 from fomo.datasets.samples import Collection, Samples
-from fomo.datasets.stream import Concept, cut, order_concepts
+from fomo.datasets.stream import Concept
 from fomo.errors import Failure, Interrupted, UserError
 from fomo.eval import TestSet, as_metrics, evaluate, open_tests, subset
 from fomo.methods import build_method
@@ -52,7 +53,7 @@ class Material:
 def open_material(recipe: Recipe, clip: Clip) -> Material:
     data = datafile.read(recipe.data)
     size = data.image_size or clip.image_size
-    concepts, parts, numbers = [], [], {}
+    concepts, parts, numbers, by_name = [], [], {}, {}
     start = 0
     for name, entry in data.adaptation.items():
         source = entry.open("train")
@@ -60,11 +61,12 @@ def open_material(recipe: Recipe, clip: Clip) -> Material:
             continue
         samples = Samples(source, clip, size, name)
         parts.append(samples)
+        by_name[name] = samples
         usable = Collection([samples]).usable()
         for label, title in enumerate(source.classes) if source.classes else [(-1, name)]:
             own = np.flatnonzero((source.labels == label) & usable)
             if len(own):
-                concepts.append(Concept(name, label, title))
+                concepts.append(Concept(name, label, title, source.prompts[0]))
                 numbers[name, label] = start + own
         start += len(samples)
     if not concepts:
@@ -73,22 +75,21 @@ def open_material(recipe: Recipe, clip: Clip) -> Material:
     if not pool and recipe.mixture.pretraining:
         print(f"{data.path}: no pretraining pool; its share goes to the other pools", file=sys.stderr)
     seed = recipe.seed if recipe.stream.seed is None else recipe.stream.seed
-    ordered = order_concepts(concepts, recipe.stream.order, seed, recipe.stream.reverse)
+    reference = Reference(clip, by_name.__getitem__, lambda: pool)
+    stream = make_stream(concepts, Known(recipe.stream, seed, data, lambda: reference))
     tests = open_tests(data, clip, size)
     subsets = {test.name: subset(test, recipe.evaluation.subset, recipe.seed) for test in tests}
-    stream = cut(ordered, recipe.stream.updates)
     return Material(stream, Collection(parts), numbers, Collection(pool), tests, subsets)
 
 
 def batches_of(material: Material, recipe: Recipe, update: int) -> Batches:
     """The batches of one update (from 0)."""
     new, seen = material.stream[update : update + 1], material.stream[:update]
+    kept = reservoir(material.numbers(seen), recipe.mixture.limit, recipe.seed)
     pools = {
-        "pretraining": Pool(
-            material.pretraining, np.flatnonzero(material.pretraining.usable()), (recipe.seed, update, 0)
-        ),
+        "pretraining": pool_of(material.pretraining, (recipe.seed, update, 0)),
         "update": Pool(material.adaptation, material.numbers(new), (recipe.seed, update, 1)),
-        "buffer": Pool(material.adaptation, material.numbers(seen), (recipe.seed, update, 2)),
+        "buffer": Pool(material.adaptation, kept, (recipe.seed, update, 2)),
     }
     empty = frozenset(name for name, pool in pools.items() if not len(pool)) - {"update"}
     counts = sub_batches(recipe.optimizer.batch_size, recipe.mixture, empty)
@@ -262,6 +263,11 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the device on CUDA, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # Linux; its ru_maxrss would include the process that started this one
+    if status.exists():
+        return (
+            next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fomo.errors import UserError
-from fomo.recipe import FieldError, build, one_of
+from fomo.errors import FieldError, UserError
+from fomo.fields import build, one_of
 
 Weights = Mapping[str, Tensor]
 Named = Iterator[tuple[str, Tensor]]

@@ -28,10 +28,10 @@ def test_every_module_is_in_the_readme():
 
 
 def test_the_example_method_works_with_one_line_in_methods(small_scale, tmp_path, monkeypatch):
-    from dataclasses import dataclass
+    from dataclasses import dataclass, field
 
     source = re.search(r"```python\n(@dataclass\nclass (\w+).*?)```", README, re.S)
-    scope = {"dataclass": dataclass, "Method": Method, "__name__": "example"}
+    scope = {"dataclass": dataclass, "field": field, "Method": Method, "__name__": "example"}
     exec(source[1], scope)
     monkeypatch.setitem(METHODS, "anchored", scope[source[2]])
     recipe = load(None, scale=str(small_scale), overrides=["method={name: anchored, strength: 0.5}"])

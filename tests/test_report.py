@@ -5,6 +5,8 @@ python -m pytest tests/test_report.py
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
@@ -14,9 +16,9 @@ import numpy as np
 import pytest
 import yaml
 
-from fomo import report
+from fomo import figures, files, report
 from fomo.errors import UserError
-from fomo.report import group_runs, plane, read_run, write_report
+from fomo.report import Group, group_runs, read_run, write_report
 
 ROLES = {"letters": "adaptation", "flags": "adaptation", "noisy": "evaluation", "gray": "evaluation"}
 PNG = b"\x89PNG"
@@ -42,6 +44,7 @@ def make_run(folder: Path, *, seed=0, name="merge", updates=3, reached=None, rol
         slope = {"adaptation": 8, "evaluation": -2}
         values = {n: 40 + update * slope[role] + float(rng.normal()) for n, role in roles.items()}
         line = {"update": update, **scores(values, roles), "steps": 50 * update, "peak_memory": 3 * 2**29}
+        line["stderr"] = {n: 1 + i + update / 10 for i, n in enumerate(roles)}
         if update == 0:
             line["roles"] = roles
         if full and update in (0, updates):
@@ -93,9 +96,13 @@ def finished(tmp_path_factory) -> Path:
     return run
 
 
-def figure_of(draw, what):
-    with matplotlib.rc_context(report.STYLE):
-        figure = draw(what)
+def groups_of(*folders: Path) -> list[Group]:
+    return group_runs([read_run(folder) for folder in folders])
+
+
+def figure_of(draw, groups: list[Group]):
+    with matplotlib.rc_context(figures.STYLE):
+        figure = draw([group.curve() for group in groups])
         figure.draw_without_rendering()
     return figure
 
@@ -110,13 +117,28 @@ def test_the_tables_hold_the_numbers_of_the_metrics(finished):
     changes = []
     for name, role, *numbers in rows[6:]:
         first, last = lines[0]["datasets"][name], lines[-1]["datasets"][name]
-        assert role == ROLES[name] and numbers == [f"{first:.1f}", f"{last:.1f}", f"{last - first:+.1f}"]
+        expected = [f"{first:.1f}", f"{last:.1f}", f"{lines[-1]['stderr'][name]:.1f}", f"{last - first:+.1f}"]
+        assert role == ROLES[name] and numbers == expected
         changes.append(last - first)
     assert len(changes) == 4 and changes == sorted(changes, reverse=True)
 
 
+def test_columns_appear_with_the_numbers_they_need(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = metrics(run)
+    for line in lines:
+        del line["stderr"], line["peak_memory"]
+        line.update(gflops=1234.5 * line["update"], mafs=2469 * line["update"])
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (group,) = groups_of(run)
+    first, *rows = Page(report.updates_table(group)).rows
+    assert first == ["update", "KA", "ZS", "GM", "steps", "GFLOPs", "MAFs"]
+    assert rows[2][-2:] == ["2,469", "4,938"]
+    assert Page(report.datasets_table(group)).rows[0] == ["dataset", "role", "before", "after", "change"]
+
+
 def headline_of(folder: Path) -> str:
-    return report.headline(*group_runs([read_run(folder)]))
+    return report.headline(*groups_of(folder))
 
 
 def test_headline_numbers_come_from_the_whole_test_sets_where_both_ends_have_them(tmp_path):
@@ -150,6 +172,13 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path):
         read_run(run)
 
 
+def test_a_recipe_that_is_not_yaml_is_one_clear_line(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(UserError, match=r"recipe\.yaml: not valid YAML: [^\n]+$"):
+        read_run(run)
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml"])
 def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path, name):
     run = make_run(tmp_path / "run")
@@ -162,22 +191,23 @@ def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path, name):
 def test_runs_that_differ_in_the_seed_are_one_curve_with_its_spread(tmp_path):
     folders = [make_run(tmp_path / f"merge-tiny-seed{seed}", seed=seed) for seed in range(3)]
     folders.insert(1, make_run(tmp_path / "finetune", name="finetune"))
-    merge, finetune = group_runs([read_run(folder) for folder in folders])
+    merge, finetune = groups_of(*folders)
     assert (merge.label, finetune.label) == ("merge-tiny (3 runs)", "finetune")
     ka = np.array([[line["ka"] for line in metrics(run)] for run in folders if "merge" in run.name])
-    panel = figure_of(report.scores_figure, [merge, finetune]).axes[0]
+    panel = figure_of(figures.scores_figure, [merge, finetune]).axes[0]
     curves = [line.get_ydata() for line in panel.lines]
     np.testing.assert_allclose(curves[0], ka.mean(axis=0))
     band = panel.collections[0].get_paths()[0].vertices[:, 1]
     assert band.max() == pytest.approx((ka.mean(axis=0) + ka.std(axis=0, ddof=1)).max())
-    rows = Page(write_report(folders, tmp_path / "new folder" / "both.html").read_text()).rows
+    twice = [*folders, folders[0]]  # counts once
+    rows = Page(write_report(twice, tmp_path / "new folder" / "both.html").read_text()).rows
     assert rows[4][1] == f"{ka[:, 3].mean():.1f} ± {ka[:, 3].std(ddof=1):.1f}"
     assert (tmp_path / "new folder" / "plane.png").exists()
 
 
 def test_a_mean_ends_where_its_shortest_run_does(tmp_path):
     folders = [make_run(tmp_path / f"m-{seed}", seed=seed, reached=3 - seed) for seed in range(2)]
-    (group,) = group_runs([read_run(folder) for folder in folders])
+    (group,) = groups_of(*folders)
     assert group.updates == [0, 1, 2] and group.values("ka").shape == (2, 3)
 
 
@@ -193,7 +223,8 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path):
 
 
 def test_the_page_needs_no_network_and_its_ids_are_unique(tmp_path):
-    folders = [make_run(tmp_path / name, name=name) for name in ("merge", "finetune")]
+    folders = [make_run(tmp_path / name / "run", name=name) for name in ("merge", "finetune")]
+    assert [group.label for group in groups_of(*folders)] == ["run #1", "run #2"]
     page = Page(write_report(folders).read_text())
     links = [
         value for key, value in page.attributes if key in ("src", "href", "xlink:href", "data", "action")
@@ -204,10 +235,15 @@ def test_the_page_needs_no_network_and_its_ids_are_unique(tmp_path):
     assert len(ids) == len(set(ids))
 
 
-def test_the_same_runs_give_the_same_bytes(finished, tmp_path):
-    out = write_report([finished], tmp_path / "again.html")
-    assert out.read_bytes() == (finished / "report.html").read_bytes()
-    assert (tmp_path / "plane.png").read_bytes() == (finished / "plane.png").read_bytes()
+def test_another_process_writes_the_same_bytes_and_needs_no_torch(finished, tmp_path):
+    code = (
+        "import sys; from fomo.report import write_report; write_report(sys.argv[1:2], sys.argv[2]);"
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, finished, tmp_path / "report.html"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+    for name in ("report.html", "plane.png"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
@@ -217,34 +253,38 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(UserError, match=r"report\.html: cannot be written \(No space left on device\)"):
         report.write(out, b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"] and out.read_text() == "old"
 
 
 def test_without_evaluation_sets_there_is_knowledge_accumulation_only(tmp_path):
-    run = make_run(tmp_path / "run", roles={"photos": "adaptation"})
-    text = write_report([run]).read_text()
-    assert "n/a → n/a" in text and Page(text).rows[0][:3] == ["update", "KA", "steps"]
-    assert len(figure_of(report.scores_figure, group_runs([read_run(run)])).axes) == 1
+    (group,) = groups_of(make_run(tmp_path / "run", roles={"photos": "adaptation"}))
+    assert "n/a → n/a" in report.headline(group)
+    assert Page(report.updates_table(group)).rows[0][:3] == ["update", "KA", "steps"]
+    assert len(figure_of(figures.scores_figure, [group]).axes) == 1
+    assert "not drawn" in figure_of(figures.plane_figure, [group]).axes[0].get_title("left")
 
 
-def test_the_plane_is_a_picture_of_the_kind_that_its_name_says(finished, tmp_path):
-    runs = [read_run(finished)]
-    plane(runs, tmp_path / "plane.PNG")
-    plane(runs, tmp_path / "plane.svg")
-    assert (tmp_path / "plane.PNG").read_bytes().startswith(PNG)
-    svg = (tmp_path / "plane.svg").read_text()
-    assert "untouched model" in svg and "http://purl.org" not in svg  # no metadata, so no date
-    with pytest.raises(UserError, match=r"accepted: \.png, \.svg"):
-        plane(runs, tmp_path / "plane.pdf")
+def test_the_plane_is_beside_the_report_and_carries_no_date(finished):
+    assert (finished / "plane.png").read_bytes().startswith(PNG)
+    svg = figures.render(figures.plane_figure, [group.curve() for group in groups_of(finished)]).decode()
+    assert "untouched model" in svg and "http://purl.org" not in svg  # no metadata
 
 
-@pytest.mark.parametrize("draw", [report.plane_figure, report.scores_figure])
+def test_the_training_figure_has_a_line_for_each_update(finished):
+    training = read_run(finished).training
+    rates, losses = figures.training_figure([training]).axes
+    assert len(rates.lines) == len(losses.lines) == 3
+    x, y = losses.lines[1].get_data()
+    assert x[-1] == 2 and (y == [line["loss"] for line in training if line["update"] == 2]).all()
+
+
+@pytest.mark.parametrize("draw", [figures.plane_figure, figures.scores_figure])
 def test_labels_do_not_overlap(tmp_path, draw):
     names = ["merge", "finetune", "lora", "ewc", "distill", "bitfit"]
-    groups = group_runs([read_run(make_run(tmp_path / name, name=name)) for name in names])
+    groups = groups_of(*(make_run(tmp_path / name, name=name) for name in names))
     for axes in figure_of(draw, groups).axes:
         labels = [text for text in axes.texts if text.get_text()]
         assert len(labels) >= len(names)

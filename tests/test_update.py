@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,23 @@ def test_real_pictures_and_a_model_that_open_clip_saved(real_data, tmp_path):
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/run/model")
     last = load_file(tmp_path / "run/weights/update_001.safetensors")
     assert torch.equal(model.visual.proj, last["visual.proj"])
+
+
+@pytest.mark.slow
+def test_the_tiny_scale_learns_what_it_is_taught(tmp_path):
+    """Half a life after a shortened pretraining: the real tiny model and world, about two minutes."""
+    command = [
+        sys.executable,
+        "fomo.py",
+        "update",
+        "--recipe",
+        "recipes/merge.yaml",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command += ["--set", "model.pretraining.samples=80_000", "--set", "stream.updates=5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, *_, last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert last["ka"] - first["ka"] > 15
+    assert last["peak_memory"] < 2 << 30

@@ -46,11 +46,13 @@ def crop(canvas: Tensor, boxes: Tensor, size: int, mean: tuple, std: tuple) -> T
     """
     rows = resampling(boxes[:, 0], boxes[:, 2], canvas.shape[1], size)  # (B, S, H)
     columns = resampling(boxes[:, 1], boxes[:, 3], canvas.shape[2], size)  # (B, S, W)
-    pictures = canvas.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
-    resized = (rows[:, None] @ pictures @ columns[:, None].mT).clamp_(0, 255)  # bicubic overshoots
+    count, _, width, _ = canvas.shape
+    short = rows @ canvas.flatten(2).float()  # (B, S, W * 3)
+    short = short.view(count, size, width, 3).permute(0, 3, 1, 2).reshape(count, 3 * size, width)
+    resized = (short @ columns.mT).view(count, 3, size, size).clamp_(0, 255)  # bicubic overshoots
     shift = torch.tensor(mean, device=canvas.device).view(3, 1, 1) * 255
     scale = torch.tensor(std, device=canvas.device).view(3, 1, 1) * 255
-    return (resized - shift) / scale
+    return resized.sub_(shift).div_(scale)
 
 
 def resampling(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:

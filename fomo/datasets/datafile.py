@@ -1,6 +1,7 @@
 """Data files: which sources are the pretraining pool, what there is to learn, and what must be kept.
 
-pretraining: [{source: webdataset, path: coco/train.tar}]
+cache: auto              # or always, never: how pixels are kept, see pixels.open_pixels
+pretraining: [{source: webdataset, path: "cc3m/{0000..0019}.tar", weight: 2, limit: 100_000}]
 adaptation:
   flowers: {source: webdataset, train: flowers/train.tar, test: flowers/test.tar, prompt: "a photo of a {}."}
 evaluation:
@@ -8,18 +9,41 @@ evaluation:
 """
 
 import inspect
+import os
 import re
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
-from fomo.datasets.sources import Source, Torchvision, Webdataset
+from tqdm import tqdm
+
+from fomo.datasets.catalogue import with_catalogue
+from fomo.datasets.clip_benchmark import ClipBenchmark
+from fomo.datasets.folders import Folder
+from fomo.datasets.fomo_in_flux import FomoInFlux
+from fomo.datasets.sources import Part, Source
+from fomo.datasets.tables import Table, Tsv
+from fomo.datasets.torchvision import Torchvision
+from fomo.datasets.webdataset import Webdataset
 from fomo.datasets.world import World
 from fomo.errors import FieldError, UserError
-from fomo.recipe import build, locate, one_of, read_yaml, refuse_unknown
+from fomo.fields import at_least, build, convert, locate, one_of, read_yaml, refuse_unknown
 
-SOURCES: dict[str, type[Source]] = {"world": World, "torchvision": Torchvision, "webdataset": Webdataset}
-PATHS = ("path", "root", "classes_file")  # places: variables expand, relative to the data file
-SAID = ("source", "train", "test", "prompt", "task")  # of any entry, beside the fields of its source
+SOURCES: dict[str, type[Source]] = {
+    "world": World,
+    "torchvision": Torchvision,
+    "folder": Folder,
+    "csv": Table,
+    "tsv": Tsv,
+    "webdataset": Webdataset,
+    "clip_benchmark": ClipBenchmark,
+    "fomo_in_flux": FomoInFlux,
+}
+PATHS = ("path", "root", "info", "classes_file")  # places: variables expand, relative to the data file
+SAID = ("source", "train", "test", "prompt", "task", "dataset", "year")  # of any entry
+POOL = ("weight", "limit")  # of an entry of the pretraining pool
+CACHE = ("auto", "always", "never")  # see pixels.open_pixels
 SPLITS = {"pretraining": ("train",), "adaptation": ("train", "test"), "evaluation": ("test",)}  # needs one of
 TASKS = ("classification", "retrieval")
 
@@ -30,8 +54,9 @@ class Entry:
 
     name: str
     role: str  # "adaptation" or "evaluation"
-    spec: dict  # as written
+    spec: dict  # as written, with what the catalogue knows
     file: Path
+    keep: str = "auto"  # one of CACHE
 
     @property
     def task(self) -> str:
@@ -50,13 +75,35 @@ class Entry:
         """The split "train" or "test", None if the data file has no such split."""
         if not self.has(split):
             return None
+        source = self.open_alone(split)
+        other = {"train": "test", "test": "train"}[split]
+        if type(source).agree is not Source.agree and other in self.spec and split in self.spec:
+            both = {split: source, other: self.open_alone(other)}
+            source.agree([both["train"], both["test"]])
+        for note in source.notes:
+            say_once(f"{self.where} ({split}): {note}")
+        return source
+
+    def open_alone(self, split: str) -> Source:
+        """One split, with the class names that are found in it alone."""
         cls = SOURCES[self.spec["source"]]
-        fields = {k: v for k, v in self.spec.items() if k not in SAID}
+        fields = {k: v for k, v in self.spec.items() if k not in (*SAID, *POOL)}
         if split in self.spec:
             fields[cls.split_field] = self.spec[split]
         if "split" in inspect.signature(cls).parameters:
             fields.setdefault("split", split)
-        return opened(cls, fields, self)
+        try:
+            return opened(cls, fields, self)
+        except UserError as error:
+            message = str(error) if str(error).startswith(self.where) else f"{self.where}: {error}"
+            if split in self.spec:  # `train: 5` is the user's word for what the source calls `path`
+                message = message.replace(f"{self.where}.{cls.split_field}", f"{self.where}.{split}", 1)
+            raise UserError(f"{self.file}: {message}") from None
+
+
+@cache
+def say_once(note: str) -> None:
+    tqdm.write(note, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -66,6 +113,7 @@ class DataFile:
     pretraining: list[Entry]
     adaptation: dict[str, Entry]
     evaluation: dict[str, Entry]
+    keep: str = "auto"
 
     def pool(self) -> list[Source]:
         """The sources of the pretraining pool."""
@@ -76,12 +124,14 @@ def read(path: str | Path) -> DataFile:
     """Read and check a data file; nothing is opened yet."""
     path = Path(path)
     values = read_yaml(path)
-    known = ("image_size", "pretraining", "adaptation", "evaluation")
-    for key in values:
-        try:
+    known = ("image_size", "cache", "pretraining", "adaptation", "evaluation")
+    keep = values.get("cache", "auto")
+    try:
+        for key in values:
             one_of(str(key), key, known)
-        except FieldError as error:
-            raise UserError(f"{path}: {error}") from None
+        one_of("cache", keep, CACHE)
+    except FieldError as error:
+        raise UserError(f"{path}: {error}") from None
     pool = values.get("pretraining") or []
     if not isinstance(pool, list):
         raise UserError(f"{path}: pretraining: expected a list of sources, got {type(pool).__name__}")
@@ -90,21 +140,22 @@ def read(path: str | Path) -> DataFile:
         named = values.get(role) or {}
         if not isinstance(named, dict):
             raise UserError(f"{path}: {role}: expected named datasets, got {type(named).__name__}")
-        entries[role] = {str(name): entry(str(name), role, spec, path) for name, spec in named.items()}
+        entries[role] = {str(name): entry(str(name), role, spec, path, keep) for name, spec in named.items()}
     for name in entries["adaptation"].keys() & entries["evaluation"].keys():
         raise UserError(f"{path}: evaluation.{name}: adaptation has a set of this name, scores go by name")
     size = values.get("image_size")
     if size is not None and not (type(size) is int and size > 0):
         raise UserError(f"{path}: image_size: expected a positive whole number, got {size!r}")
-    pretraining = [entry(f"pretraining[{i}]", "pretraining", spec, path) for i, spec in enumerate(pool)]
-    return DataFile(path, size, pretraining, entries["adaptation"], entries["evaluation"])
+    pretraining = [entry(f"pretraining[{i}]", "pretraining", spec, path, keep) for i, spec in enumerate(pool)]
+    return DataFile(path, size, pretraining, entries["adaptation"], entries["evaluation"], keep)
 
 
-def entry(name: str, role: str, spec: dict, path: Path) -> Entry:
-    made = Entry(name, role, spec, path)
+def entry(name: str, role: str, spec: dict, path: Path, keep: str = "auto") -> Entry:
+    made = Entry(name, role, spec, path, keep)
     if not isinstance(spec, dict) or "source" not in spec:
         raise UserError(f"{path}: {made.where}: expected named fields with `source`, got {spec!r}")
     try:
+        made = replace(made, spec=with_catalogue(spec, made.where))
         check(made)
     except FieldError as error:
         raise UserError(f"{path}: {error}") from None
@@ -117,10 +168,19 @@ def check(entry: Entry) -> None:
     one_of(f"{where}.source", spec["source"], tuple(SOURCES))
     one_of(f"{where}.task", entry.task, TASKS)
     cls = SOURCES[spec["source"]]
-    refuse_unknown(spec, (*SAID, *inspect.signature(cls).parameters), where)
+    fields = inspect.signature(cls).parameters
+    pool = POOL if entry.role == "pretraining" else ()
+    refuse_unknown(spec, (*SAID, *pool, *fields), where)
     for prompt in prompts_of(spec):
         if "{}" not in str(prompt):
             raise FieldError(f"{where}.prompt", f"{prompt!r} has no {{}} for the class name")
+    if entry.role == "adaptation":
+        for field in {"split", *(() if "split" in fields else (cls.split_field,))} & spec.keys():
+            raise FieldError(f"{where}.{field}", "would be learnt and tested on, say train and test")
+    if "weight" in spec and convert(spec["weight"], float, f"{where}.weight") <= 0:
+        raise FieldError(f"{where}.weight", f"must be positive, got {spec['weight']}")
+    if "limit" in spec:
+        at_least(f"{where}.limit", convert(spec["limit"], int, f"{where}.limit"), 1)
     needed = SPLITS[entry.role]
     if not any(entry.has(split) for split in needed):
         field = cls.split_field if entry.role == "pretraining" else " or ".join(needed)
@@ -134,17 +194,23 @@ def prompts_of(spec: dict) -> tuple[str, ...]:
 
 
 def opened(cls: type[Source], fields: dict, entry: Entry) -> Source:
-    where = entry.where
     for key in PATHS:
         if isinstance(fields.get(key), str):
-            fields[key] = locate(fields[key], entry.file)
-            if unset := re.search(r"\$\{?\w+\}?", fields[key]):
-                raise UserError(f"{entry.file}: {where}: the environment variable {unset.group()} is not set")
-    try:
-        source = build(cls, fields, where)
-    except UserError as error:
-        message = str(error) if str(error).startswith(where) else f"{where}: {error}"
-        raise UserError(f"{entry.file}: {message}") from None
-    if prompts := prompts_of(entry.spec):
-        source.prompts = prompts
+            fields[key] = place(fields[key], entry)
+        elif isinstance(fields.get(key), list):
+            fields[key] = [place(path, entry) if isinstance(path, str) else path for path in fields[key]]
+    source = build(cls, fields, entry.where)
+    limit = entry.spec.get("limit")
+    if limit is not None and int(limit) < len(source):
+        source = Part(source, int(limit))
+    source.prompts = prompts_of(entry.spec) or source.prompts
+    source.weight, source.cache = float(entry.spec.get("weight", 1)), entry.keep
     return source
+
+
+def place(path: str, entry: Entry) -> str:
+    """A path with its variables expanded, relative to the data file, or one of the hub."""
+    expanded = os.path.expandvars(path)
+    if unset := re.search(r"\$\{?\w+\}?", expanded):
+        raise UserError(f"the environment variable {unset.group()} is not set")
+    return expanded if expanded.startswith("hf://") else locate(expanded, entry.file)

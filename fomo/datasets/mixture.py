@@ -9,11 +9,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fomo.datasets.crops import random_crops
-from fomo.datasets.samples import Batch, Collection, canvas_of, padded
+from fomo.datasets.samples import Batch, Collection, Samples, canvas_of, padded
 from fomo.errors import UserError
 from fomo.recipe import Mixture
 
 POOLS = ("pretraining", "update", "buffer")  # P, D, B: the order in which left-over slots are given out
+STORED = 2**20  # samples of a pool up to which its permutations are kept as arrays
 
 
 def sub_batches(batch_size: int, mixture: Mixture, empty: frozenset[str] = frozenset()) -> dict[str, int]:
@@ -46,9 +47,13 @@ def sub_batches(batch_size: int, mixture: Mixture, empty: frozenset[str] = froze
 
 
 class Pool:
-    """Samples of a collection, drawn in endless epochs, each a fresh permutation: no repetition within one."""
+    """Samples of a collection, drawn in endless epochs, each a fresh permutation: no repetition within one.
 
-    def __init__(self, collection: Collection, numbers: np.ndarray, key: tuple[int, ...]):
+    Up to STORED samples a permutation is an array, beyond it a function of the place: a pool of 15 million
+    costs no memory.
+    """
+
+    def __init__(self, collection: Collection, numbers: np.ndarray | range, key: tuple[int, ...]):
         self.collection, self.numbers, self.key = collection, numbers, key
         self.epochs: dict[int, np.ndarray] = {}
 
@@ -65,10 +70,91 @@ class Pool:
             self.epochs[epoch] = rng.permutation(len(self)).astype(np.int32)
         return self.epochs[epoch]
 
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """(k,) positions of the endless sequence -> sample numbers."""
+        epochs, places = np.divmod(positions, len(self))
+        for epoch in set(epochs.tolist()):
+            here = epochs == epoch
+            if len(self) <= STORED:
+                places[here] = self.permutation(epoch)[places[here]]
+            else:
+                places[here] = shuffled(places[here], len(self), (*self.key, epoch))
+        return places + self.numbers.start if isinstance(self.numbers, range) else self.numbers[places]
+
     def take(self, start: int, count: int) -> np.ndarray:
         """(count,) sample numbers at positions start, start + 1, ... of the endless sequence."""
-        epochs, places = np.divmod(np.arange(start, start + count), len(self))
-        return self.numbers[[self.permutation(int(e))[p] for e, p in zip(epochs, places, strict=True)]]
+        return self.at(np.arange(start, start + count))
+
+
+class Blend(Pool):
+    """Several pools as one: a sample of weight 2 comes twice per epoch, one of weight 0.5 in every other."""
+
+    def __init__(self, pools: list[Pool], weights: list[float], key: tuple[int, ...]):
+        self.pools = pools
+        self.slots = [max(1, round(weight * len(p))) for p, weight in zip(pools, weights, strict=True)]
+        self.starts = np.concatenate([[0], np.cumsum(self.slots)])  # of each pool among the slots of an epoch
+        super().__init__(pools[0].collection, range(self.starts[-1]), key)
+
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """A shuffled epoch of slots, each the next place of its own pool's endless sequence."""
+        epochs, slots = positions // len(self), super().at(positions)
+        owner = np.searchsorted(self.starts, slots, side="right") - 1
+        for i in set(owner.tolist()):
+            here = owner == i
+            slots[here] = self.pools[i].at(epochs[here] * self.slots[i] + slots[here] - self.starts[i])
+        return slots
+
+
+def shuffled(places: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
+    """(k,) numbers below n -> where a random permutation of n puts them, computed for these alone.
+
+    A Feistel network permutes the numbers of 2 h bits; one that leaves the range walks on until it is back.
+    """
+    half = np.uint64(((n - 1).bit_length() + 1) // 2)
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    rounds = np.random.default_rng(key).integers(0, 2**64, size=6, dtype=np.uint64)
+    out, walking = places.astype(np.uint64), np.arange(len(places))
+    while len(walking):
+        left, right = out[walking] >> half, out[walking] & mask
+        for secret in rounds:
+            left, right = right, left ^ (mixed(right ^ secret) & mask)
+        out[walking] = left << half | right
+        walking = walking[out[walking] >= n]
+    return out.astype(np.int64)
+
+
+def mixed(x: np.ndarray) -> np.ndarray:
+    """uint64 -> uint64, every bit depends on all (the finaliser of SplitMix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def pool_of(collection: Collection, key: tuple[int, ...]) -> Pool:
+    """All samples of a collection that have a caption, each source by its weight."""
+    usable = collection.usable()
+    numbers = range(len(usable)) if usable.all() else np.flatnonzero(usable)
+    if all(part.weight == 1 for part in collection.parts):
+        return Pool(collection, numbers, key)
+    pools = []
+    for start, part in zip(collection.starts, collection.parts, strict=False):
+        own = part.described()
+        numbers = range(start, start + len(own)) if own.all() else start + np.flatnonzero(own)
+        pools.append((Pool(collection, numbers, (*key, start)), part.weight))
+    filled = [(pool, weight) for pool, weight in pools if len(pool)]
+    return Blend(*map(list, zip(*filled, strict=True)), key) if filled else pools[0][0]
+
+
+def reservoir(numbers: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+    """At most `limit` of the samples, uniformly; what was once left out never comes back as `numbers` grows.
+
+    Every sample has a random rank, and the lowest are kept: what a reservoir holds, without its history.
+    """
+    if limit is None or len(numbers) <= limit:
+        return numbers
+    secret = np.random.default_rng([seed, 0x4E5E]).integers(0, 2**64, dtype=np.uint64)
+    rank = mixed(mixed(numbers.astype(np.uint64)) ^ secret)
+    return np.sort(numbers[np.argpartition(rank, limit)[:limit]])
 
 
 class Batches(Dataset):
@@ -90,9 +176,12 @@ class Batches(Dataset):
         rng = np.random.default_rng([self.seed, self.update, step, 0xBA7C])
         pictures, tokens, pools = [], [], []
         for name, pool, count in self.draws:
-            for number in pool.take(step * count, count):
+            for position, number in enumerate(pool.take(step * count, count).tolist(), step * count):
                 samples, index = pool.collection.locate(number)
-                pictures.append(samples.pixels[index])
+                picture = samples.pixels[index]
+                if not picture.size:
+                    samples, index, picture = stand_in(name, pool, position)
+                pictures.append(picture)
                 tokens.append(samples.caption(index, rng.random()))
             pools += [POOLS.index(name)] * count
         canvas, shapes = canvas_of(pictures)
@@ -101,5 +190,19 @@ class Batches(Dataset):
 
     def loader(self, start: int = 0, workers: int = 0, pin: bool = False) -> DataLoader:
         """Iterates from step `start`; batches are whole already, workers only assemble them ahead of time."""
-        steps = range(start, self.steps)
-        return DataLoader(self, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin)
+        steps, own = range(start, self.steps), torch.Generator()  # else it draws from the global generator
+        return DataLoader(
+            self, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin, generator=own
+        )
+
+
+def stand_in(name: str, pool: Pool, position: int) -> tuple[Samples, int, np.ndarray]:
+    """For a picture that cannot be read: the next of the epoch's permutation that can."""
+    epoch, place = divmod(position, len(pool))
+    for step in range(1, len(pool)):
+        next_one = epoch * len(pool) + (place + step) % len(pool)
+        samples, index = pool.collection.locate(int(pool.take(next_one, 1)[0]))
+        picture = samples.pixels[index]
+        if picture.size:
+            return samples, index, picture
+    raise UserError(f"no picture of the {name} pool can be read")

@@ -7,26 +7,29 @@ wider than 1.48, so the crops are the same as from the whole picture.
 
 import hashlib
 import json
-import os
+import math
 import shutil
 import sys
-import tempfile
+import zlib
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image
 from tqdm import tqdm
 
 from fomo.datasets.sources import UNREADABLE, Source, rgb
+from fomo.datasets.store import Arrays, Calls, cache_root, cores, make, read_array
 from fomo.errors import UserError
 
-VERSION = 2  # of the file layout and of `shrink`
+VERSION = 3  # of the file layout and of `shrink`
 LIMIT = 0.01  # share of pictures that may be unreadable
-
-
-def cache_root() -> Path:
-    """Where everything that can be made again is kept: $FOMO_CACHE or ~/.cache/fomo."""
-    return Path(os.environ.get("FOMO_CACHE") or "~/.cache/fomo").expanduser()
+AUTO_LIMIT = 64 * 2**30  # bytes of all pixel caches together up to which `cache: auto` makes a new one
+CHUNK = 128  # pictures that a process decodes at a time, and that share a checksum
+PARALLEL = 1000  # pictures from which on processes are worth their start
+WHOLE = 128 * 2**20  # bytes up to which all of a cache is compared with its checksums whenever it is opened
+NOTHING = np.zeros((0, 0, 3), np.uint8)  # what stands for a picture that cannot be read
 
 
 def shrink(image: Image.Image, size: int) -> np.ndarray:
@@ -54,7 +57,8 @@ class Pixels:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.shapes = np.load(folder / "shapes.npy")  # (n, 2) height, width; 0 where unreadable
+        self.meta = json.loads((folder / "meta.json").read_text())
+        self.shapes = read_array(folder, "shapes", np.uint16).reshape(-1, 2)  # height, width; 0: unreadable
         sizes = self.shapes.astype(np.int64).prod(1) * 3
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         self.memory = None
@@ -63,55 +67,165 @@ class Pixels:
         return {**self.__dict__, "memory": None}
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """-> (h, w, 3) uint8, a view."""
+        """-> (h, w, 3) uint8, a view; NOTHING if it cannot be read."""
         if self.memory is None:
-            self.memory = np.memmap(self.folder / "pixels.bin", dtype=np.uint8, mode="r")
+            self.memory = read_array(self.folder, "pixels", np.uint8)
         height, width = self.shapes[index]
         return self.memory[self.offsets[index] : self.offsets[index + 1]].reshape(height, width, 3)
 
     def readable(self, index: int) -> bool:
         return self.shapes[index, 0] > 0
 
+    def intact(self, whole: bool = False) -> bool:
+        """Whether sizes and checksums are those that were written; pixels only of small caches, or if `whole`."""
+        file = self.folder / "pixels.bin"
+        size = file.stat().st_size if file.exists() else 0
+        if size != self.meta["bytes"] or size != self.offsets[-1] or len(self.shapes) != self.meta["count"]:
+            return False
+        if zlib.crc32(self.shapes) != self.meta["shapes"]:
+            return False
+        pixels = read_array(self.folder, "pixels", np.uint8) if whole or size <= WHOLE else None
+        ends = [*self.offsets[::CHUNK].tolist(), size] if len(self.shapes) % CHUNK else self.offsets[::CHUNK]
+        spans = zip(ends, ends[1:], self.meta["sums"], strict=False)
+        return pixels is None or all(zlib.crc32(pixels[a:b]) == crc for a, b, crc in spans)
 
-def open_pixels(source: Source, size: int, name: str) -> Pixels:
-    """The source's pixel cache, built now if it is not there yet. `name` is shown and used in messages."""
-    key = hashlib.sha256(f"{VERSION} {size} {source.key()}".encode()).hexdigest()[:20]
-    folder = cache_root() / "pixels" / key
-    if not (folder / "meta.json").exists():
+
+class Decoded:
+    """The same pictures without a cache: each is decoded when it is asked for, in whichever process that is."""
+
+    def __init__(self, source: Source, size: int, name: str):
+        self.source, self.size, self.name = source, size, name
+        self.drawn, self.broken = 0, set()
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """-> (h, w, 3) uint8; NOTHING if it cannot be read, which is told once."""
+        self.drawn += 1
+        if index in self.broken:
+            return NOTHING
+        pixels, problem = decode(self.source, self.size, index)
+        if problem:
+            self.tell(index, problem)
+        return pixels
+
+    def tell(self, index: int, problem: str) -> None:
+        """Past the limit by more than chance explains (three standard deviations), it is an error."""
+        self.broken.add(index)
+        expected = LIMIT * self.drawn
+        found = f"{self.name}: {len(self.broken)} pictures cannot be read among {self.drawn} drawn"
+        if len(self.broken) > expected + 3 * math.sqrt(expected) + 5:
+            raise UserError(f"{found}, last: {problem}; more than the limit of {LIMIT:.0%}")
+        tqdm.write(f"{found}, last: {problem}; another stands in", file=sys.stderr)
+
+    @cached_property
+    def shapes(self) -> np.ndarray:
+        """(n, 2) as of Pixels. Costs one pass over all pictures, whose result is kept."""
+        folder = folder_of(self.source, self.size, "shapes")
+        if not folder.exists():
+            build(self.source, self.size, self.name, folder, keep=False)
+        return read_array(folder, "shapes", np.uint16).reshape(-1, 2)
+
+    def readable(self, index: int) -> bool:
+        return self.shapes[index, 0] > 0
+
+
+def open_pixels(source: Source, size: int, name: str) -> Pixels | Decoded:
+    """The source's pixel cache, built now if it is not there yet. `name` is shown and used in messages.
+
+    With `cache: never`, and with `auto` once all caches together would pass AUTO_LIMIT or fill the disk,
+    pictures are decoded when drawn: slower, and the same pictures.
+    """
+    if source.cache == "never":
+        return Decoded(source, size, name)
+    folder = folder_of(source, size)
+    if not folder.exists():
+        if source.cache == "auto" and (reason := too_large(source, size)):
+            tqdm.write(f"{name}: {reason}; pictures are decoded when drawn", file=sys.stderr)
+            return Decoded(source, size, name)
         build(source, size, name, folder)
-    if broken := json.loads((folder / "meta.json").read_text())["unreadable"]:
+    pixels = opened(folder)
+    if pixels is None:
+        tqdm.write(
+            f"{name}: its cache {folder} was altered since it was written; made again", file=sys.stderr
+        )
+        shutil.rmtree(folder)
+        build(source, size, name, folder)
+        pixels = Pixels(folder)
+    if broken := pixels.meta["unreadable"]:
         tqdm.write(f"{summary(name, broken, len(source))}; skipped", file=sys.stderr)
-    return Pixels(folder)
+    return pixels
 
 
-def build(source: Source, size: int, name: str, folder: Path) -> None:
-    """Write the cache beside its place and rename it: it is complete or absent."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".part", dir=folder.parent))
+def folder_of(source: Source, size: int, kind: str = "pixels") -> Path:
+    key = f"{VERSION} {size} pillow {PIL.__version__} {source.key()}"
+    return cache_root() / kind / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:20]
+
+
+def opened(folder: Path, whole: bool = False) -> Pixels | None:
+    """None if it is not what was written."""
     try:
-        shapes = np.zeros((len(source), 2), dtype=np.uint16)
-        broken = []
-        with open(staging / "pixels.bin", "wb") as file:
-            for index in tqdm(range(len(source)), desc=f"pictures of {name}", leave=False, unit="img"):
-                try:
-                    pixels = shrink(source.image(index), size)
-                except UNREADABLE as error:
-                    broken.append(f"{source.name_of(index)}: {error}")
-                    continue
-                shapes[index] = pixels.shape[:2]
-                file.write(pixels.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        if len(broken) > LIMIT * len(source):
-            raise UserError(f"{summary(name, broken, len(source))}; more than the limit of {LIMIT:.0%}")
-        np.save(staging / "shapes.npy", shapes)
-        meta = {"source": source.key(), "size": size, "version": VERSION, "unreadable": broken}
-        (staging / "meta.json").write_text(json.dumps(meta, indent=1))
-        if not folder.exists():  # another process may have been faster
-            os.replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        pixels = Pixels(folder)
+        return pixels if pixels.intact(whole) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def summary(name: str, broken: list[str], total: int) -> str:
+def too_large(source: Source, size: int) -> str | None:
+    """Why `cache: auto` makes no cache of this source, None if it does."""
+    wanted = int(len(source) * size * size * 3 * 1.25)  # pictures are 1.25 times as long as wide, or so
+    root = cache_root()
+    there = sum(file.stat().st_size for file in root.glob("pixels/*/pixels.bin"))
+    if there + wanted > AUTO_LIMIT:
+        return f"with its {gigabytes(wanted)} the pixel caches would pass {gigabytes(AUTO_LIMIT)}"
+    existing = next((place for place in (root, *root.parents) if place.exists()), Path("/"))
+    free = shutil.disk_usage(existing).free
+    return f"its cache of {gigabytes(wanted)} would fill the disk" if wanted > 0.9 * free else None
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GB"
+
+
+def build(source: Source, size: int, name: str, folder: Path, keep: bool = True) -> None:
+    make(folder, partial(write, source, size, name, keep))
+
+
+def write(source: Source, size: int, name: str, keep: bool, folder: Path) -> None:
+    """Decode everything into `folder`; without `keep` only the shapes are written."""
+    total, seen, sums, length, broken = len(source), 0, [], 0, []
+    arrays = Arrays(folder)
+    calls = partial(decode_chunk, source, size)
+    chunks = Calls.run(calls, math.ceil(total / CHUNK), cores() if total >= PARALLEL else 0)
+    crc = 0
+    with tqdm(total=total, desc=f"pictures of {name}", leave=False, unit="img") as bar:
+        for shapes, pixels, problems in chunks:
+            arrays.append(shapes=shapes, **({"pixels": pixels} if keep else {}))
+            sums.append(zlib.crc32(pixels))
+            crc, length, seen = zlib.crc32(shapes, crc), length + len(pixels), seen + len(shapes)
+            broken += problems
+            bar.update(len(shapes))
+            if len(broken) > LIMIT * total:
+                of = f"{total}" if seen == total else f"the first {seen}"
+                raise UserError(f"{summary(name, broken, of)}; more than the limit of {LIMIT:.0%}")
+    meta = {"source": source.key()[:1000], "size": size, "version": VERSION, "count": total, "shapes": crc}
+    arrays.finish(**meta, bytes=length, unreadable=broken, sums=sums)
+
+
+def decode(source: Source, size: int, index: int) -> tuple[np.ndarray, str | None]:
+    """-> the picture, and what is wrong with it."""
+    try:
+        return shrink(source.image(index), size), None
+    except UNREADABLE as error:
+        return NOTHING, f"{source.name_of(index)}: {' '.join(str(error).split())}"
+
+
+def decode_chunk(source: Source, size: int, chunk: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """-> shapes (k, 2), all pixels in a row, and what is wrong with the pictures that cannot be read."""
+    numbers = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(source)))
+    decoded = [decode(source, size, index) for index in numbers]
+    shapes = np.array([pixels.shape[:2] for pixels, _ in decoded], np.uint16)
+    flat = np.concatenate([pixels.reshape(-1) for pixels, _ in decoded])
+    return shapes, flat, [problem for _, problem in decoded if problem]
+
+
+def summary(name: str, broken: list[str], total: int | str) -> str:
     return f"{name}: {len(broken)} of {total} pictures cannot be read, first: {broken[0]}"

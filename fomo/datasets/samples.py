@@ -1,14 +1,20 @@
 """Samples: pictures and captions ready for batches, addressed by number."""
 
+import sys
+from bisect import bisect_right
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fomo.clip import Clip
-from fomo.datasets.pixels import Pixels, open_pixels
+from fomo.datasets.pixels import Decoded, Pixels, open_pixels
 from fomo.datasets.sources import Source
+
+TOKENISED = 200_000  # pictures of a split up to which all captions are tokenised when it is opened
 
 
 class Batch(NamedTuple):
@@ -34,16 +40,49 @@ class Ragged:
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
 
+class Runs:
+    """Row i holds the numbers from offsets[i] up to offsets[i + 1]: the captions of a picture, in order."""
+
+    def __init__(self, counts: np.ndarray):
+        self.offsets = np.zeros(len(counts) + 1, np.int32 if counts.sum() < 2**31 else np.int64)
+        np.cumsum(counts, out=self.offsets[1:])
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> range:
+        return range(self.offsets[index], self.offsets[index + 1])
+
+
+class TokensWhenAsked:
+    """The token ids of caption number n, in the order of Runs, for sets too large to tokenise beforehand."""
+
+    def __init__(self, source: Source, runs: Runs, tokenize: Callable):
+        self.source, self.runs, self.tokenize = source, runs, tokenize
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        offsets = self.runs.offsets
+        wanted = offsets.dtype.type(number)  # another type would have numpy convert the whole array
+        index = int(np.searchsorted(offsets, wanted, side="right")) - 1
+        return self.tokenize([Samples.describe(self.source, index)[number - offsets[index]]])[0]
+
+
 class Samples:
-    """One split: cached pixels, and captions that were tokenised once."""
+    """One split: pixels, and captions that were tokenised once (beyond TOKENISED pictures: when drawn)."""
 
     def __init__(self, source: Source, clip: Clip, size: int, name: str):
-        self.labels = source.labels
-        self.pixels: Pixels = open_pixels(source, size, name)
-        texts = [self.describe(source, index) for index in range(len(source))]
-        numbers = {text: n for n, text in enumerate(dict.fromkeys(t for ts in texts for t in ts))}
-        self.captions = Ragged([np.array([numbers[t] for t in ts], dtype=np.int32) for ts in texts])
-        self.tokens = Ragged(clip.tokenize(list(numbers))) if numbers else Ragged([])
+        self.labels, self.weight = source.labels, source.weight
+        self.pixels: Pixels | Decoded = open_pixels(source, size, name)
+        if len(source) > TOKENISED:
+            self.captions = Runs(counts_of(source))
+            self.tokens = TokensWhenAsked(source, self.captions, clip.tokenize)
+        else:
+            texts = [self.describe(source, index) for index in range(len(source))]
+            numbers = {text: n for n, text in enumerate(dict.fromkeys(t for ts in texts for t in ts))}
+            self.captions = Ragged([np.array([numbers[t] for t in ts], dtype=np.int32) for ts in texts])
+            self.tokens = Ragged(clip.tokenize(list(numbers))) if numbers else Ragged([])
+        if missing := len(self) - np.count_nonzero(self.described()):
+            tqdm.write(f"{name}: {missing} of {len(self)} pictures have no caption", file=sys.stderr)
 
     @staticmethod
     def describe(source: Source, index: int) -> list[str]:
@@ -56,10 +95,29 @@ class Samples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def described(self) -> np.ndarray:
+        """(n,) bool: which pictures have a caption."""
+        return self.captions.offsets[1:] > self.captions.offsets[:-1]
+
+    def complete(self) -> np.ndarray:
+        """(n,) bool: which have a caption and a picture that can be read; without a cache this decodes all."""
+        return self.described() & (self.pixels.shapes[:, 0] > 0)
+
     def caption(self, index: int, draw: float) -> np.ndarray:
         """Token ids of one of the sample's captions; `draw` in [0, 1) picks which, 0 the first."""
         numbers = self.captions[index]
         return self.tokens[numbers[int(draw * len(numbers))]]
+
+
+def counts_of(source: Source) -> np.ndarray:
+    """(n,) int32: how many texts `describe` gives each picture."""
+    counts = source.caption_counts().astype(np.int32)
+    labelled = source.labels >= 0
+    if labelled.any() and len(source.prompts) > 1:
+        for index in np.flatnonzero(labelled & (counts == 1)):  # the bare class name stands for the prompts
+            counts[index] = len(Samples.describe(source, int(index)))
+    counts[labelled & (counts == 0)] = len(source.prompts)
+    return counts
 
 
 class Collection:
@@ -68,18 +126,18 @@ class Collection:
     def __init__(self, parts: list[Samples]):
         self.parts = parts
         self.offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+        self.starts = self.offsets.tolist()
 
     def __len__(self) -> int:
-        return int(self.offsets[-1])
+        return self.starts[-1]
 
     def locate(self, number: int) -> tuple[Samples, int]:
-        part = int(np.searchsorted(self.offsets, number, side="right")) - 1
-        return self.parts[part], int(number - self.offsets[part])
+        part = bisect_right(self.starts, number) - 1
+        return self.parts[part], int(number) - self.starts[part]
 
     def usable(self) -> np.ndarray:
-        """(n,) bool: the picture can be read and has a caption."""
-        flags = [(p.pixels.shapes[:, 0] > 0) & (np.diff(p.captions.offsets) > 0) for p in self.parts]
-        return np.concatenate(flags) if flags else np.zeros(0, bool)
+        """(n,) bool: the sample has a caption. Of a picture that cannot be read this is not known beforehand."""
+        return np.concatenate([part.described() for part in self.parts]) if self.parts else np.zeros(0, bool)
 
 
 def canvas_of(pictures: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:

@@ -28,9 +28,9 @@ import PIL
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from fomo.datasets.sources import Source
-from fomo.recipe import at_least, one_of
+from fomo.fields import at_least, one_of
 
-VERSION = 1  # raise it whenever a pixel or a caption changes
+VERSION = 2  # raise it whenever a pixel or a caption changes
 
 # fmt: off
 COLOURS = {

@@ -1,11 +1,32 @@
 """Strategies by name. A new one is a file beside this one and a line in METHODS."""
 
 from fomo.errors import FieldError
+from fomo.fields import one_of, refuse_unknown
 from fomo.methods.base import Method
+from fomo.methods.distill import Distill
+from fomo.methods.dora import Dora
+from fomo.methods.ewc import Ewc
+from fomo.methods.galore import GaLore
+from fomo.methods.lora import Lora
 from fomo.methods.merge import Merge
-from fomo.recipe import one_of, refuse_unknown
+from fomo.methods.si import SynapticIntelligence
+from fomo.methods.subsets import BitFit, LnFit, Locked
+from fomo.methods.vera import Vera
 
-METHODS: dict[str, type[Method]] = {"finetune": Method, "merge": Merge}
+METHODS: dict[str, type[Method]] = {
+    "finetune": Method,
+    "merge": Merge,
+    "locked": Locked,
+    "lnfit": LnFit,
+    "bitfit": BitFit,
+    "lora": Lora,
+    "dora": Dora,
+    "vera": Vera,
+    "galore": GaLore,
+    "ewc": Ewc,
+    "si": SynapticIntelligence,
+    "distill": Distill,
+}
 
 
 def build_method(spec: dict, where: str = "method") -> Method:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fomo.clip import Features
-from fomo.recipe import Optimizer, build
+from fomo.fields import build
+from fomo.recipe import Optimizer
 
 Weights = dict[str, Tensor]
 

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from fomo import weights
 from fomo.errors import FieldError
+from fomo.fields import build, one_of
 from fomo.files import OnDisk, write_tensors
 from fomo.methods.base import Inputs, Method, Weights
-from fomo.recipe import Optimizer, build, one_of
+from fomo.recipe import Optimizer
 
 INITS, DEPLOYS, PARTNERS = (
     ("zeroshot", "finetuned", "ema", "all"),
@@ -186,4 +187,3 @@ class Merge(Method):
     def load_state(self, state: dict) -> None:
         self.kept, self.experts = state["kept"], state["experts"]
         self.inner.load_state(state["inner"])
-

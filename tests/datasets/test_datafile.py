@@ -87,6 +87,29 @@ FLOWERS = {"source": "webdataset", "train": "train.tar", "test": "test.tar"}
         ),
         ({"adaptation": {"x": {"source": "webdataset"}}}, ["adaptation.x.train or test", "missing"]),
         ({"pretraining": [{"source": "webdataset"}]}, ["pretraining[0].path", "missing"]),
+        ({"cache": "sometimes"}, ["cache", "sometimes", "auto, always, never"]),
+        (
+            {"adaptation": {"x": {"source": "webdataset", "path": "a.tar"}}},
+            ["adaptation.x.path", "learnt and tested on", "train and test"],
+        ),
+        ({"adaptation": {"x": FLOWERS | {"path": "a.tar"}}}, ["adaptation.x.path", "train and test"]),
+        (
+            {"adaptation": {"x": {"source": "world", "domain": "digits", "train": 4, "split": "train"}}},
+            ["adaptation.x.split", "train and test"],
+        ),
+        ({"adaptation": {"x": FLOWERS | {"weight": 2}}}, ["adaptation.x.weight", "unknown field"]),
+        (
+            {"pretraining": [{"source": "webdataset", "path": "a.tar", "weight": 0}]},
+            ["pretraining[0].weight", "positive"],
+        ),
+        (
+            {"pretraining": [{"source": "webdataset", "path": "a.tar", "limit": "many"}]},
+            ["pretraining[0].limit", "whole number"],
+        ),
+        (
+            {"pretraining": [{"source": "webdataset", "path": "a.tar", "limit": 0}]},
+            ["pretraining[0].limit", "at least 1"],
+        ),
         (
             {"adaptation": {"x": FLOWERS}, "evaluation": {"x": FLOWERS}},
             ["evaluation.x", "adaptation", "name"],
@@ -105,7 +128,7 @@ def test_mistakes_are_found_when_the_file_is_read(tmp_path, content, expected):
     ("content", "expected"),
     [
         ({"adaptation": {"x": FLOWERS | {"train": "gone.tar"}}}, ["adaptation.x", "gone.tar", "no such"]),
-        ({"adaptation": {"x": FLOWERS | {"train": 5}}}, ["adaptation.x", "text", "5"]),
+        ({"adaptation": {"x": FLOWERS | {"train": 5}}}, ["adaptation.x.train", "text", "5"]),
         ({"adaptation": {"x": FLOWERS | {"classes_file": "gone.txt"}}}, ["adaptation.x", "gone.txt"]),
         ({"pretraining": [{"source": "webdataset", "path": "gone.tar"}]}, ["pretraining[0]", "gone.tar"]),
         ({"evaluation": {"x": {"source": "world", "test": 4}}}, ["evaluation.x.domain", "missing"]),
@@ -115,7 +138,7 @@ def test_mistakes_are_found_when_the_file_is_read(tmp_path, content, expected):
         ),
         (
             {"evaluation": {"x": {"source": "world", "domain": "digits", "test": "many"}}},
-            ["evaluation.x.per_concept", "whole number", "many"],
+            ["evaluation.x.test", "whole number", "many"],
         ),
         (
             {"evaluation": {"x": {"source": "torchvision", "name": "Mnist", "root": "."}}},
@@ -253,3 +276,54 @@ def test_the_data_file_of_the_real_pictures_opens_completely(real_data):
         "emoji": (None, 120),
         "grocery_captions": (None, 21),
     }
+
+
+def test_shards_may_be_a_list_and_a_range_and_lie_on_the_hub(tmp_path, monkeypatch):
+    for n in range(3):
+        shard(tmp_path / "in", f"{n:03d}.tar", 2)
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda repo, file, **_: str(tmp_path / "in" / file)
+    )
+    fields = {"source": "webdataset", "train": ["in/{000..001}.tar", "hf://datasets/o/r/002.tar"]}
+    source = read(data_file(tmp_path, {"adaptation": {"x": fields}})).adaptation["x"].open("train")
+    assert len(source) == 6 and source.captions(5) == ["tulip"]
+
+
+def test_pools_have_weights_and_limits_and_the_files_cache(tmp_path):
+    shard(tmp_path, "a.tar", 40)
+    pool = [{"source": "webdataset", "path": "a.tar", "weight": 2, "limit": 7}, {"source": "webdataset"}]
+    pool[1] |= {"path": "a.tar", "limit": 100}
+    data = read(data_file(tmp_path, {"cache": "never", "pretraining": pool}))
+    limited, whole = data.pool()
+    assert (len(limited), len(whole)) == (7, 40)
+    assert (limited.weight, whole.weight) == (2, 1)
+    assert limited.cache == whole.cache == "never"
+    assert limited.key() != whole.key()
+    captions = [whole.captions(i) for i in limited.numbers]
+    assert [limited.captions(i) for i in range(7)] == captions
+    assert limited.caption_counts().tolist() == [1] * 7 and limited.image(6).size == (8, 6)
+    again = read(data.path).pool()[0]
+    assert again.numbers.tolist() == limited.numbers.tolist()
+
+
+def test_train_and_test_agree_on_their_classes(tmp_path):
+    for split, names in (("train", ("ant", "cat", "dog")), ("test", ("dog", "eel"))):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 6)).save(tmp_path / split / name / "1.png")
+    fields = {"source": "folder", "train": "train", "test": "test"}
+    entry = read(data_file(tmp_path, {"adaptation": {"x": fields}})).adaptation["x"]
+    train, test = entry.open("train"), entry.open("test")
+    assert train.classes == test.classes == ["ant", "cat", "dog", "eel"]
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 1, 2], [2, 3])
+
+
+def test_what_a_source_leaves_out_is_said_once(tmp_path, capsys):
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    for name in ("cat/1.png", "stray.png"):
+        Image.new("RGB", (8, 6)).save(tmp_path / "in" / name)
+    path = data_file(tmp_path, {"evaluation": {"x": {"source": "folder", "test": "in"}}})
+    for _ in range(2):
+        read(path).evaluation["x"].open("test")
+    err = capsys.readouterr().err
+    assert err.count("evaluation.x (test): 1 pictures are in no class folder, first: stray.png") == 1

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fomo.datasets.mixture import POOLS, Batches, Pool, sub_batches
+from fomo.datasets.mixture import POOLS, Batches, Pool, pool_of, reservoir, shuffled, sub_batches
 from fomo.datasets.samples import Collection, Samples
 from fomo.datasets.sources import Source
 from fomo.errors import UserError
@@ -221,7 +221,9 @@ def test_steps_go_on_where_the_last_one_stopped():
 @pytest.mark.parametrize("start", [0, 7])
 def test_batches_are_the_same_from_any_start_and_with_any_number_of_workers(start, workers):
     expected = [batches()[step] for step in range(start, 12)]
+    state = torch.get_rng_state()
     found = list(batches().loader(start, workers))
+    assert torch.equal(torch.get_rng_state(), state)
     assert len(found) == len(expected) == 12 - start
     for batch, other in zip(found, expected, strict=True):
         assert_same(batch, other)
@@ -257,3 +259,148 @@ def test_an_empty_pool_with_a_share_is_a_mistake_and_without_one_is_left_out():
     assert Batches([*pools, ("buffer", nothing, 0)], 0, 0, 2)[0].pools.tolist() == [1] * 4
     with pytest.raises(UserError, match="update 3: the buffer pool has no usable sample"):
         Batches([*pools, ("buffer", nothing, 2)], 0, 3, 2)
+
+
+class Broken(Tiles):
+    """Tiles of which some cannot be read; `keep` is the data file's `cache:`."""
+
+    def __init__(self, name: str, count: int, broken: tuple, keep: str):
+        super().__init__(name, count)
+        self.broken, self.cache = broken, keep
+
+    def image(self, index: int) -> Image.Image:
+        if index in self.broken:
+            raise OSError("truncated")
+        return super().image(index)
+
+    def key(self) -> str:
+        return f"{super().key()} {self.broken}"
+
+
+def test_cached_and_decoded_pictures_make_the_same_batches_with_stand_ins_for_broken_ones():
+    made = {}
+    for keep in ("always", "never"):
+        parts = [
+            Samples(Broken("x", 250, (3, 77), keep), Numbers(), 8, "x"),
+            Samples(Broken("y", 240, (9, 10), keep), Numbers(), 8, "y"),
+        ]
+        draws = [("update", pool_of(Collection(parts), (0, 1, 1)), 35)]
+        made[keep] = Batches(draws, 0, 1, 30)
+    seen = Counter()
+    for step in range(28):  # two epochs of 490
+        assert_same(made["always"][step], made["never"][step])
+        seen.update(made["always"][step].tokens[:, 0].tolist())
+    assert sum(seen.values()) == 2 * 490
+    assert all(seen[n] < 4 for n in (3, 77, 9, 10)) and seen[4] >= 4  # both parts have these numbers
+    for workers in (0, 2):
+        found = list(made["never"].loader(0, workers))
+        for step, batch in enumerate(found):
+            assert_same(batch, made["always"][step])
+
+
+def test_a_stand_in_is_the_next_of_the_epochs_permutation():
+    part = Samples(Broken("z", 250, (3, 77), "always"), Numbers(), 8, "z")
+    pool = pool_of(Collection([part]), (5, 1, 1))
+    order = pool.take(0, 250).tolist()
+    drawn = Batches([("update", pool, 25)], 5, 1, 10)
+    found = [number for step in range(10) for number in drawn[step].tokens[:, 0].tolist()]
+    for place, number in enumerate(order):
+        expected = order[(place + 1) % 250] if number in (3, 77) else number
+        assert found[place] == expected
+
+
+def test_a_pool_of_nothing_but_broken_pictures_is_a_mistake():
+    part = Samples(Tiles("fine", 4), Numbers(), 8, "fine")
+    part.pixels.shapes, part.pixels.offsets = np.zeros((4, 2), int), np.zeros(5, int)
+    with pytest.raises(UserError, match="no picture of the update pool can be read"):
+        Batches([("update", pool_of(Collection([part]), (0,)), 2)], 0, 1, 1)[0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 1000, 1024, 1025, 4097, 70_000])
+def test_a_computed_permutation_is_one(n):
+    out = shuffled(np.arange(n), n, (1, 2, 3))
+    assert sorted(out.tolist()) == list(range(n))
+    np.testing.assert_array_equal(shuffled(np.arange(n)[::-1], n, (1, 2, 3)), out[::-1])
+
+
+def test_a_computed_permutation_is_as_random_as_a_stored_one():
+    n, first = 5000, []
+    for key in range(200):
+        out = shuffled(np.arange(n), n, (key,))
+        first.append(out[0])
+        assert abs(np.corrcoef(np.arange(n), out)[0, 1]) < 5 / np.sqrt(n)
+        assert (out == np.arange(n)).sum() < 8  # fixed points: 1 on average
+        assert abs((np.diff(out) > 0).mean() - 0.5) < 0.04
+    assert len(set(first)) > 190 and abs(np.mean(first) / n - 0.5) < 0.1
+
+
+def test_large_pools_compute_what_small_ones_store(monkeypatch):
+    monkeypatch.setattr("fomo.datasets.mixture.STORED", 10)
+    pool = Pool(None, np.arange(100, 150), (0, 1))
+    epochs = pool.take(0, 150).reshape(3, 50)
+    assert all(sorted(epoch) == list(range(100, 150)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3 and pool.epochs == {}
+    np.testing.assert_array_equal(pool.take(37, 30), epochs.flatten()[37:67])
+
+
+def weighted(counts: list[int], weights: list[float], key: tuple = (0, 1)) -> Pool:
+    whole = collection("w", *counts)
+    for part, weight in zip(whole.parts, weights, strict=True):
+        part.weight = weight
+    return pool_of(whole, key)
+
+
+def test_a_weight_is_how_often_each_sample_comes():
+    pool = weighted([10, 20, 8], [2, 1, 0.5])
+    assert len(pool) == 20 + 20 + 4
+    seen = Counter(pool.take(0, 2 * len(pool)).tolist())
+    assert {seen[n] for n in range(10)} == {4}
+    assert {seen[n] for n in range(10, 30)} == {2}
+    assert {seen[n] for n in range(30, 38)} == {1}
+    np.testing.assert_array_equal(pool.take(13, 20), pool.take(0, 40)[13:33])
+
+
+def test_without_weights_all_sources_are_one_pool():
+    assert type(weighted([10, 20], [1, 1])) is Pool
+    assert sorted(weighted([10, 20], [1, 1]).take(0, 30)) == list(range(30))
+
+
+def test_a_reservoir_is_uniform_and_what_left_it_does_not_return():
+    seen = np.arange(3000)
+    kept = [reservoir(seen[:n], 100, seed=0) for n in (50, 100, 200, 1000, 3000)]
+    assert [len(part) for part in kept] == [50, 100, 100, 100, 100]
+    for n, earlier, later in zip((100, 200, 1000), kept[1:], kept[2:], strict=False):
+        assert set(later[later < n]) <= set(earlier)
+    counts = Counter(n // 300 for seed in range(60) for n in reservoir(seen, 100, seed).tolist())
+    assert all(abs(counts[tenth] - 600) < 5 * np.sqrt(600) for tenth in range(10))
+    assert reservoir(seen, None, 0) is seen
+    np.testing.assert_array_equal(reservoir(seen[::-1], 100, 0), reservoir(seen, 100, 0))
+
+
+class Fifteen(Tiles):
+    """15 million pictures, none of which exists until it is asked for."""
+
+    def __init__(self):
+        self.labels, self.cache = np.broadcast_to(np.int64(-1), 15_000_000), "never"
+
+    def image(self, index: int) -> Image.Image:
+        return Image.new("RGB", (8, 8), (index % 256,) * 3)
+
+    def captions(self, index: int) -> list[str]:
+        return [str(index)]
+
+    def caption_counts(self) -> np.ndarray:
+        return np.broadcast_to(np.int64(1), len(self.labels))
+
+
+def test_a_pool_of_fifteen_million_takes_little_memory():
+    import tracemalloc
+
+    tracemalloc.start()
+    pool = pool_of(Collection([Samples(Fifteen(), Numbers(), 8, "fifteen")]), (0, 1, 0))
+    drawn = Batches([("pretraining", pool, 169)], 0, 1, 100)
+    numbers = {n for step in range(0, 100, 10) for n in drawn[step].tokens[:, 0].tolist()}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(numbers) == 1690 and max(numbers) > 14_000_000
+    assert peak < 200e6

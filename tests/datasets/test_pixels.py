@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
 from fomo.datasets.crops import central_crops, crop, random_crops
-from fomo.datasets.pixels import open_pixels, shrink
+from fomo.datasets.pixels import Decoded, Pixels, open_pixels, opened, shrink
 from fomo.datasets.sources import Source
 from fomo.errors import UserError
 
@@ -265,7 +266,9 @@ def test_a_build_that_was_killed_is_not_taken_for_whole(cache):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
     assert killed.returncode == -9, killed.stderr.decode()
-    assert len(list((cache / "pixels").iterdir())) == 1  # what it had begun
+    assert [path.suffix for path in (cache / "pixels").iterdir()] == [".part"]  # what it had begun
+    open_pixels(Pictures(3, "others"), 8, "others")
+    assert [path.suffix for path in (cache / "pixels").iterdir()] == [""]  # whoever builds next tidies up
     source = Pictures(5)
     whole = open_pixels(source, 8, "squares")
     assert source.read == [0, 1, 2, 3, 4]
@@ -288,3 +291,117 @@ def test_more_broken_pictures_than_the_limit_are_an_error_and_no_cache_is_left(c
     ):
         open_pixels(Pictures(200, broken=(7, 30, 199)), 8, "squares")
     assert list((cache / "pixels").iterdir()) == []
+
+
+class Noise(Source):
+    """Many pictures of several shapes; those in `broken` cannot be read."""
+
+    def __init__(self, count: int, broken: tuple = ()):
+        self.labels, self.broken = np.zeros(count, np.int64), broken
+
+    def image(self, index: int) -> Image.Image:
+        if index in self.broken:
+            raise OSError("truncated")
+        shape = (9 + index % 3, 9 + index % 5, 3)
+        return Image.fromarray(np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8))
+
+    def name_of(self, index: int) -> str:
+        return f"noise {index}"
+
+    def key(self) -> str:
+        return f"noise {len(self)} {self.broken}"
+
+
+def test_processes_write_the_same_bytes_as_one(monkeypatch):
+    source = Noise(700, broken=(300, 699))
+    alone = open_pixels(source, 8, "noise")
+    written = {file.name: file.read_bytes() for file in alone.folder.iterdir()}
+    monkeypatch.setattr("fomo.datasets.pixels.PARALLEL", 1)
+    monkeypatch.setattr("fomo.datasets.pixels.cores", lambda: 2)
+    os.rename(alone.folder, alone.folder.with_name("elsewhere"))
+    state = torch.get_rng_state()
+    together = open_pixels(source, 8, "noise")
+    assert torch.equal(torch.get_rng_state(), state)  # a run must not depend on whether it built a cache
+    assert {file.name: file.read_bytes() for file in together.folder.iterdir()} == written
+
+
+def test_pictures_decoded_when_drawn_are_those_of_the_cache(capsys):
+    source = Noise(200, broken=(7, 30))
+    cached = open_pixels(source, 8, "noise")
+    source.cache = "never"
+    capsys.readouterr()
+    decoded = open_pixels(source, 8, "noise")
+    assert isinstance(cached, Pixels) and isinstance(decoded, Decoded)
+    for index in range(200):
+        np.testing.assert_array_equal(cached[index], decoded[index])
+    assert decoded[7].size == cached[7].size == 0
+    err = capsys.readouterr().err
+    assert err.count("noise 7: truncated") == err.count("noise 30: truncated") == 1
+    np.testing.assert_array_equal(decoded.shapes, cached.shapes)
+    assert not (cached.folder.parent.parent / "shapes" / cached.folder.name / "pixels.bin").exists()
+
+
+def test_too_many_broken_pictures_are_an_error_without_a_cache_too():
+    source = Noise(1000, broken=tuple(range(0, 1000, 20)))
+    source.cache = "never"
+    pixels = open_pixels(source, 8, "noise")
+    with pytest.raises(UserError, match=r"noise: \d+ pictures cannot be read .*limit of 1%"):
+        for index in range(1000):
+            assert pixels[index] is not None
+    with pytest.raises(UserError, match="limit of 1%"):
+        assert pixels.shapes is not None
+
+
+def test_auto_caches_up_to_its_limit_and_always_beyond(cache, monkeypatch, capsys):
+    monkeypatch.setattr("fomo.datasets.pixels.AUTO_LIMIT", 8 * 8 * 3 * 100)
+    assert isinstance(open_pixels(Pictures(50), 8, "small"), Pixels)
+    assert isinstance(open_pixels(Pictures(60, "others"), 8, "others"), Decoded)
+    assert "others: with its 0.0 GB the pixel caches would pass" in capsys.readouterr().err
+    source = Pictures(60, "others")
+    source.cache = "always"
+    assert isinstance(open_pixels(source, 8, "others"), Pixels)
+    assert isinstance(open_pixels(Pictures(60, "others"), 8, "others"), Pixels)  # what is there is used
+
+
+@pytest.mark.parametrize("name", ["pixels.bin", "shapes.bin", "meta.json"])
+@pytest.mark.parametrize("damage", ["altered", "cut", "gone"])
+def test_an_altered_cache_is_noticed_and_made_again(name, damage, capsys):
+    pixels = open_pixels(Pictures(5), 8, "squares")
+    file, expected = pixels.folder / name, pixels[3].copy()
+    whole = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(whole[:-1] if damage == "cut" else bytes([whole[0] ^ 1]) + whole[1:])
+    capsys.readouterr()
+    again = open_pixels(Pictures(5), 8, "squares")
+    assert "squares: its cache" in (err := capsys.readouterr().err) and "altered" in err
+    np.testing.assert_array_equal(again[3], expected)
+    assert file.read_bytes() == whole
+
+
+def test_large_caches_are_compared_whole_only_when_asked(monkeypatch):
+    pixels = open_pixels(Noise(300), 8, "noise")
+    monkeypatch.setattr("fomo.datasets.pixels.WHOLE", 0)
+    file = pixels.folder / "pixels.bin"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert opened(pixels.folder) is not None
+    assert opened(pixels.folder, whole=True) is None
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_mistake(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FOMO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"file: the cache cannot be written: .*; set FOMO_CACHE"):
+        open_pixels(Pictures(5), 8, "squares")
+
+
+def test_two_builders_of_one_cache_take_turns(cache):
+    """Two threads here; the lock is on an open file, so it keeps processes apart as well."""
+    sources = [Pictures(400), Pictures(400)]
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda source: open_pixels(source, 8, "squares"), sources))
+    assert sorted(len(source.read) for source in sources) == [0, 400]
+    assert made[0].folder == made[1].folder and list((cache / "pixels").iterdir()) == [made[0].folder]

@@ -146,8 +146,28 @@ def test_a_collection_numbers_the_samples_of_its_splits_end_to_end():
     assert len(Collection([])) == 0 and Collection([]).usable().tolist() == []
 
 
-def test_usable_samples_have_a_readable_picture_and_a_caption():
+def test_usable_samples_have_a_caption_and_the_others_are_counted(capsys):
     broken = samples("g", [-1] * 150, [["x"]] * 149 + [[]], broken=(2,))[0]
+    assert "g: 1 of 150 pictures have no caption" in capsys.readouterr().err
+    assert np.flatnonzero(~broken.complete()).tolist() == [2, 149]
     whole = samples("h", [0, -1], [[], []])[0]
     flags = Collection([broken, whole]).usable()
-    assert np.flatnonzero(~flags).tolist() == [2, 149, 151]
+    assert np.flatnonzero(~flags).tolist() == [149, 151]
+
+
+def test_large_sets_are_tokenised_when_drawn_to_the_same_captions(monkeypatch):
+    labels = [0, 1, -1, -1, 1]
+    captions = [["rose"], [], ["one"], ["one", "two words"], ["tulip", "a red tulip"]]
+    source = Shapes("i", labels, captions)
+    source.prompts = ("a {}.", "the {} of {}.")
+    words = Words()
+    early = Samples(source, words, 8, "i")
+    monkeypatch.setattr("fomo.datasets.samples.TOKENISED", 4)
+    words.seen.clear()
+    late = Samples(source, words, 8, "i")
+    assert words.seen == []
+    np.testing.assert_array_equal(np.diff(late.captions.offsets), np.diff(early.captions.offsets))
+    for index in range(5):
+        for draw in (0, 0.4, 0.99):
+            np.testing.assert_array_equal(late.caption(index, draw), early.caption(index, draw))
+    assert Collection([late]).usable().tolist() == [True] * 5

@@ -12,7 +12,8 @@ import pytest
 import torchvision.datasets
 from PIL import Image
 
-from fomo.datasets.sources import Torchvision, Webdataset, plain_name
+from fomo.datasets.torchvision import Torchvision, plain_name
+from fomo.datasets.webdataset import Webdataset
 from fomo.errors import UserError
 
 

@@ -1,0 +1,358 @@
+"""The paper's six orders of a stream, each a function of the concepts and what may be asked about them.
+
+Every order starts from the concepts shuffled by the seed, and sorts that stably, so ties are broken by the seed.
+Random, dataset, time and frequency need no model.
+
+n concepts, D embedding width.
+"""
+
+import csv
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from fomo.clip import Clip
+from fomo.datasets import datafile
+from fomo.datasets.datafile import DataFile
+from fomo.datasets.samples import Samples
+from fomo.datasets.stream import (
+    SEPARATOR,
+    Concept,
+    concepts_of,
+    cut,
+    folders_of,
+    lines_of,
+    match,
+    plain,
+    plot,
+    summary,
+    write_stream,
+)
+from fomo.errors import UserError
+from fomo.eval import image_features, text_features
+from fomo.recipe import Recipe, Stream
+
+STARTS = 64  # nearest-neighbour paths that are tried; the paper tries all n
+OWN, MIXED = 50, 50  # pairs of a concept, and of the pretraining pool among them (paper, section 3.3)
+POOLED = 5000  # pretraining pairs that are encoded once; each concept meets some of them
+
+
+@dataclass
+class Reference:
+    """The model that performance and similarity ask, and the pairs they ask it about."""
+
+    clip: Clip
+    samples: Callable[[str], Samples]  # the training split of a dataset
+    pool: Callable[[], list[Samples]]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.clip.model.parameters()).device
+
+
+@dataclass
+class Known:
+    """What an order may ask; the model and the pool are opened when they are asked for."""
+
+    how: Stream
+    seed: int
+    data: DataFile
+    reference: Callable[[], Reference]
+
+
+def make_stream(concepts: list[Concept], known: Known) -> list[list[Concept]]:
+    """All concepts in the order of the recipe, cut into its updates."""
+    return cut(order_concepts(concepts, known), known.how.updates, known.how.per_dataset)
+
+
+def order_concepts(concepts: list[Concept], known: Known) -> list[Concept]:
+    how = known.how
+    if how.file:
+        ordered = match(how.file, concepts, known.data, how.partial)
+    else:
+        permutation = np.random.default_rng([known.seed, 0x57EA]).permutation(len(concepts))
+        ordered = ORDERS[how.order]([concepts[i] for i in permutation], known)
+    return ordered[::-1] if how.reverse else ordered
+
+
+def ascending(concepts: list[Concept], keys: Iterable) -> list[Concept]:
+    keyed = list(zip(concepts, keys, strict=True))
+    return [concept for concept, _ in sorted(keyed, key=lambda pair: pair[1])]
+
+
+def by_dataset(concepts: list[Concept], known: Known) -> list[Concept]:
+    """Whole datasets one after the other, they and their classes in random order."""
+    rank = {name: i for i, name in enumerate(shuffled_sets(concepts, known.seed))}
+    return ascending(concepts, (rank[c.dataset] for c in concepts))
+
+
+def shuffled_sets(concepts: list[Concept], seed: int) -> list[str]:
+    names = sorted({c.dataset for c in concepts})
+    return [names[i] for i in np.random.default_rng([seed, 0xDA7A]).permutation(len(names))]
+
+
+def by_time(concepts: list[Concept], known: Known) -> list[Concept]:
+    """Old datasets first. Those of one year are shuffled together, or with `stream.whole` kept apart."""
+    names = [name for name in known.data.adaptation if any(c.dataset == name for c in concepts)]
+    years = {name: known.data.adaptation[name].spec.get("year") for name in names}
+    undated = [name for name in names if years[name] is None]
+    if undated:
+        after = " and come last" if len(undated) < len(names) else ""
+        said = f"no year, so they keep the order of the file{after}: {', '.join(undated)}"
+        print(f"{known.data.path}: stream.order time: {said}", file=sys.stderr)
+    when = {name: (0, year, "") for name, year in years.items() if year is not None}
+    when |= {name: (1, i, "") for i, name in enumerate(undated)}
+    if known.how.whole:
+        rank = {name: i for i, name in enumerate(shuffled_sets(concepts, known.seed))}
+        when = {name: (*key[:2], rank[name]) for name, key in when.items()}
+    return ascending(concepts, (when[c.dataset] for c in concepts))
+
+
+def by_frequency(concepts: list[Concept], known: Known) -> list[Concept]:
+    """Rare class names first: by a file of counts, or by the captions of the pretraining pool."""
+    if known.how.counts:
+        return ascending(concepts, counts_from(known.how.counts, concepts, known.data))
+    pool = known.data.pool()
+    if not pool:
+        problem = "the data file has no pretraining pool to count class names in"
+        raise UserError(f"{known.data.path}: stream.order frequency: {problem}; give stream.counts: FILE")
+    captions = (text for source in pool for i in range(len(source)) for text in source.captions(i))
+    return ascending(concepts, count_names([c.name for c in concepts], captions))
+
+
+def count_names(names: list[str], captions: Iterable[str]) -> list[int]:
+    """How many captions hold each name, as whole words in this order."""
+    wanted = [tuple(words(name)) for name in names]
+    counts = dict.fromkeys(wanted, 0)
+    lengths: dict[str, set[int]] = {}  # first word of a name -> lengths of such names
+    for name in counts:
+        if name:
+            lengths.setdefault(name[0], set()).add(len(name))
+    for caption in captions:
+        text = words(caption)
+        starts = ((i, n) for i, word in enumerate(text) if word in lengths for n in lengths[word])
+        for name in {tuple(text[i : i + n]) for i, n in starts} & counts.keys():
+            counts[name] += 1
+    return [counts[name] if name else 0 for name in wanted]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", plain(text))
+
+
+def counts_from(path: str, concepts: list[Concept], data: DataFile) -> list[float]:
+    """Counts by `FOLDER+++class name` or by class name; a name that the file lacks counts 0, with a note."""
+    counts, folders = read_counts(path), folders_of(data)
+    keys = [(plain(f"{folders[c.dataset]}{SEPARATOR}{c.name}"), plain(c.name)) for c in concepts]
+    absent = [c.name for c, both in zip(concepts, keys, strict=True) if not counts.keys() & both]
+    if len(absent) == len(concepts):
+        raise UserError(
+            f"{path}: names none of the {len(concepts):,} concepts of {data.path}, as {absent[0]!r}"
+        )
+    if absent:
+        some = ", ".join(sorted(absent)[:5])
+        print(f"{path}: {len(absent):,} class names are not in it and count 0: {some} ...", file=sys.stderr)
+    return [counts.get(full, counts.get(name, 0)) for full, name in keys]
+
+
+def read_counts(path: str) -> dict[str, float]:
+    """Counts by name: a JSON object, or a .csv or .tsv of two columns, which may begin with `name,count`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if Path(path).suffix == ".json":
+            content = json.loads(text)
+            rows = list(content.items()) if isinstance(content, dict) else [content]
+        else:
+            rows = list(csv.reader(text.splitlines(), delimiter="\t" if Path(path).suffix == ".tsv" else ","))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path}: not a readable file of counts: {error}") from None
+    if rows and len(rows[0]) == 2 and rows[0][1] == "count":
+        rows = rows[1:]
+    counts = {}
+    for i, row in enumerate(rows, 1):
+        number = as_count(row[1]) if isinstance(row, (list, tuple)) and len(row) == 2 else None
+        if number is None:
+            raise UserError(f"{path}: entry {i}: expected a class name and a count of 0 or more, got {row!r}")
+        counts[plain(row[0])] = number
+    return counts
+
+
+def as_count(value: object) -> float | None:
+    try:
+        number = (
+            float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else -1.0
+        )
+    except ValueError:
+        return None
+    return number if 0 <= number < math.inf else None
+
+
+def by_similarity(concepts: list[Concept], known: Known) -> list[Concept]:
+    """Neighbours in the stream are neighbours in meaning, by the reference's text features of the prompts."""
+    reference = known.reference()
+    texts = [c.prompt.replace("{}", c.name) for c in concepts]
+    reference.clip.model.eval()
+    features = text_features(reference.clip, reference.clip.tokenize(texts), reference.device)
+    return [concepts[i] for i in lightest_path(features.cpu().numpy(), STARTS, known.seed)]
+
+
+def lightest_path(features: np.ndarray, starts: int, seed: int) -> np.ndarray:
+    """The lightest of several greedy nearest-neighbour paths through (n, D) unit vectors, as n positions.
+
+    The weight of a path is the sum of its cosine distances. Memory: 4 n^2 bytes; 1.35 GB for 18,381.
+    """
+    n = len(features)
+    similarity = features @ features.T  # (n, n)
+    best, closest = None, -math.inf
+    for start in np.random.default_rng([seed, 0x9A7B]).permutation(n)[:starts]:
+        path, closeness = nearest_path(similarity, int(start))
+        if closeness > closest:
+            best, closest = path, closeness
+    return best
+
+
+def nearest_path(similarity: np.ndarray, start: int) -> tuple[np.ndarray, float]:
+    """From `start` always to the nearest that is left; -> the positions and the sum of the similarities."""
+    n = len(similarity)
+    visited = np.zeros(n, np.float32)  # 0, or minus infinity where the path has been
+    row, path, total = np.empty(n, np.float32), np.empty(n, np.int64), 0.0
+    path[0], visited[start] = start, -np.inf
+    for place in range(1, n):
+        np.add(similarity[path[place - 1]], visited, out=row)
+        nearest = row.argmax()
+        total += row[nearest]
+        path[place], visited[nearest] = nearest, -np.inf
+    return path, float(total)
+
+
+def by_performance(concepts: list[Concept], known: Known) -> list[Concept]:
+    """Easy first: by the mean contrastive loss of a concept's pairs among pretraining pairs."""
+    return ascending(concepts, concept_losses(concepts, known))
+
+
+def concept_losses(concepts: list[Concept], known: Known) -> list[float]:
+    """Each concept's loss: OWN of its pairs among MIXED of the pool's (of all concepts' if there is no pool)."""
+    reference, rng = known.reference(), np.random.default_rng([known.seed, 0x9E2F])
+    reference.clip.model.eval()
+    names = sorted({c.dataset for c in concepts})
+    pool = reference.pool()
+    if not pool:
+        said = "stream.order performance: no pretraining pool, concepts are mixed with each other"
+        print(f"{known.data.path}: {said}", file=sys.stderr)
+        pool = [reference.samples(name) for name in names]
+    mixed = pool_features(reference, pool, rng)
+    losses: dict[tuple[str, int], float] = {}
+    for name in tqdm(names, desc="performance", unit="dataset", leave=False):
+        samples = reference.samples(name)
+        usable = np.flatnonzero(samples.complete())
+        for label in sorted(c.label for c in concepts if c.dataset == name):
+            own = rng.permutation(usable[samples.labels[usable] == label])[:OWN]
+            others = torch.from_numpy(rng.permutation(len(mixed[0]))[:MIXED]).to(reference.device)
+            among = tuple(features[others] for features in mixed)
+            scale = reference.clip.model.logit_scale.exp().item()
+            losses[name, label] = loss_among(pair_features(reference, samples, own), among, scale)
+    return [losses[c.dataset, c.label] for c in concepts]
+
+
+def pool_features(
+    reference: Reference, pool: list[Samples], rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """(k, D) image and text features of at most POOLED pairs, spread over the pool's sources by their sizes."""
+    usable = [np.flatnonzero(part.complete()) for part in pool]
+    total = sum(map(len, usable))
+    parts = []
+    for samples, numbers in zip(pool, usable, strict=True):
+        share = min(len(numbers), math.ceil(POOLED * len(numbers) / max(total, 1)))
+        if share:
+            parts.append(pair_features(reference, samples, rng.permutation(numbers)[:share]))
+    return tuple(torch.cat(kind) for kind in zip(*parts, strict=True))
+
+
+def pair_features(reference: Reference, samples: Samples, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(k, D) image and text features of some samples, on the unit sphere; the first caption of each."""
+    images = image_features(reference.clip, samples, numbers, reference.device, lambda n: None)
+    captions = [samples.caption(int(i), 0.0) for i in numbers]
+    return images, text_features(reference.clip, captions, reference.device)
+
+
+def loss_among(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], scale: float) -> float:
+    """Mean over the own pairs of the symmetric contrastive loss among all pairs; each (k, D) images, texts."""
+    images, texts = (torch.cat(both) for both in zip(own, others, strict=True))  # (own + others, D)
+    logits, count = scale * images @ texts.T, len(own[0])
+    right = torch.arange(count, device=logits.device)
+    both = F.cross_entropy(logits[:count], right) + F.cross_entropy(logits.T[:count], right)
+    return both.item() / 2
+
+
+def asked(how: Stream, order: str | None, updates: int | None, reverse: bool, per_dataset: bool) -> Stream:
+    """The stream section of a recipe with what the command line says over it; an ORDER may be a stream file."""
+    if order and order.endswith(".json"):
+        how = replace(how, file=order)
+    elif order:
+        how = replace(how, order=order, file=None)
+    how = replace(how, updates=how.updates if updates is None else updates)
+    return replace(how, reverse=how.reverse or reverse, per_dataset=how.per_dataset or per_dataset)
+
+
+def preview(
+    recipe: Recipe,
+    how: Stream,
+    model: Callable[[], Clip],
+    device: torch.device,
+    *,
+    out: str | None = None,
+    picture: str | None = None,
+) -> str:
+    """A stream of the recipe's data as a table; written as an official file and drawn if asked for.
+
+    Orders that need no model open neither one nor any picture.
+    """
+    data = datafile.read(recipe.data)
+    concepts, sizes = concepts_of(data)
+    if how.per_dataset:
+        how = replace(how, updates=len({c.dataset for c in concepts}))
+    seed = recipe.seed if how.seed is None else how.seed
+    stream = make_stream(concepts, Known(how, seed, data, lambda: reference_of(data, model(), device)))
+    if out:
+        write_stream(out, lines_of([c for chunk in stream for c in chunk], data))
+    if picture:
+        plot(stream, Path(picture))
+    return summary(stream, {(c.dataset, c.label): n for c, n in zip(concepts, sizes, strict=True)})
+
+
+def reference_of(data: DataFile, clip: Clip, device: torch.device) -> Reference:
+    """Opens a dataset's pictures when they are first asked for."""
+    clip.model.to(device)
+    size = data.image_size or clip.image_size
+
+    @cache
+    def samples(name: str) -> Samples:
+        return Samples(data.adaptation[name].open("train"), clip, size, name)
+
+    def pool() -> list[Samples]:
+        return [Samples(source, clip, size, f"pretraining[{i}]") for i, source in enumerate(data.pool())]
+
+    return Reference(clip, samples, pool)
+
+
+ORDERS: dict[str, Callable[[list[Concept], Known], list[Concept]]] = {
+    "random": lambda concepts, known: concepts,  # they are shuffled already
+    "frequency": by_frequency,
+    "performance": by_performance,
+    "similarity": by_similarity,
+    "time": by_time,
+    "dataset": by_dataset,
+}

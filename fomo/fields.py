@@ -1,0 +1,115 @@
+"""Named fields of a YAML file -> typed values, or one line that names the field, what was found, what is accepted.
+
+Recipes, data files, methods and merge rules are all read through `build`: a class's constructor is its schema.
+PyYAML reads `1e-5` as text; `convert` repairs that.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fomo.errors import FieldError, UserError
+
+
+def one_of(name: str, value: str, accepted: tuple) -> None:
+    if value not in accepted:
+        near = difflib.get_close_matches(str(value), accepted, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise FieldError(name, f"unknown {value!r}{hint}, accepted: {', '.join(accepted)}")
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise FieldError(name, f"must be at least {least}, got {value}")
+
+
+def build(cls, values: dict, where: str = ""):
+    """Make a `cls` from a nested dict, checked against the signature of its constructor.
+
+    `where` is the dotted path of the dict, for messages.
+    """
+    if not isinstance(values, dict):
+        raise FieldError(where or "recipe", f"expected named fields, got {values!r}")
+    hints, known = typing.get_type_hints(cls.__init__), inspect.signature(cls).parameters
+    refuse_unknown(values, known, where)
+    for name, parameter in known.items():
+        if name not in values and parameter.default is parameter.empty:
+            raise FieldError(dotted(where, name), "missing, and it has no default")
+    return cls(**{key: convert(value, hints[key], dotted(where, key)) for key, value in values.items()})
+
+
+def dotted(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def refuse_unknown(values: dict, known: typing.Iterable[str], where: str) -> None:
+    """A FieldError for the first key of `values` that is not known, with the nearest that is."""
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise FieldError(dotted(where, str(key)), f"unknown field{hint}, accepted: {', '.join(known)}")
+
+
+def convert(value: Any, want: Any, where: str) -> Any:
+    """`value` as type `want`, or a FieldError that says what was found and what is accepted."""
+    options = typing.get_args(want) if isinstance(want, types.UnionType) else (want,)
+    if value is None and types.NoneType in options:
+        return None
+    fits = [option for option in options if (typing.get_origin(option) or option) is type(value)]
+    want = fits[0] if fits else next(option for option in options if option is not types.NoneType)
+    if dataclasses.is_dataclass(want):
+        return build(want, value, where)
+    if typing.get_origin(want) is list and isinstance(value, list):
+        return [convert(v, typing.get_args(want)[0], f"{where}[{i}]") for i, v in enumerate(value)]
+    kind = typing.get_origin(want) or want
+    if kind in (int, float) and not isinstance(value, bool):
+        return number(value, kind, where)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = {
+            str: "text",
+            bool: "true or false",
+            dict: "named fields",
+            int: "a whole number",
+            float: "a number",
+        }
+        raise FieldError(where, f"expected {names.get(kind, kind.__name__)}, got {value!r}")
+    return value
+
+
+def number(value: Any, kind: type, where: str) -> int | float:
+    try:
+        parsed = float(value) if isinstance(value, (int, float, str)) else float("nan")
+    except ValueError:
+        parsed = float("nan")
+    if parsed != parsed or parsed in (float("inf"), float("-inf")) or (kind is int and parsed != int(parsed)):
+        raise FieldError(where, f"expected {'a whole number' if kind is int else 'a number'}, got {value!r}")
+    return kind(value) if isinstance(value, int) else kind(parsed)
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML file of named fields; one clear line for everything that can be wrong with it."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected named fields at the top, got {type(values).__name__}")
+    return values
+
+
+def locate(path: str, beside: Path) -> str:
+    """Expand variables; a relative path is relative to the file that says it."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    return str((beside.parent / expanded).resolve())

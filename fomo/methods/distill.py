@@ -1,0 +1,68 @@
+"""Distillation from the untouched model: θ_0's image-text similarities are kept on the pretraining data.
+
+After ZSCL, Zheng et al. 2023, https://arxiv.org/abs/2303.06628, section 3.2; beyond the paper.
+
+    L(θ) = L_clip(θ) + w T² [KL(rows of p_0 || p) + KL(columns of p_0 || p)] / 2
+    p = softmax(e^s <images, texts> / T) over the n pretraining pairs of the batch; p_0 the same for θ_0
+
+s is the logit scale of either model, θ_0 the model as it was before the first update. A batch without a pair from
+the pretraining pool has no such term.
+
+Differs from ZSCL: pretraining replay takes the place of its reference images and sentences, so the student's
+features are those of the step and only the teacher runs in addition; the student's images are compared with its
+own texts, not the teacher's; the mean of both directions, not their sum; averaging of weights is left to `merge`.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomo.clip import Features, encode
+from fomo.errors import FieldError
+from fomo.fields import at_least
+from fomo.methods.base import Inputs, Method
+
+PRETRAINING = 0  # of Inputs.pools
+
+
+@dataclass
+class Distill(Method):
+    weight: float = 1.0  # w
+    temperature: float = 2.0  # T
+    teacher: nn.Module | None = field(default=None, init=False)  # θ_0
+
+    def __post_init__(self):
+        at_least("method.weight", self.weight, 0)
+        if self.temperature <= 0:
+            raise FieldError("method.temperature", f"must be positive, got {self.temperature:g}")
+
+    def prepare(self, model: nn.Module) -> list[nn.Parameter]:
+        self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        return super().prepare(model)
+
+    def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
+        own = torch.nonzero(batch.pools == PRETRAINING)[:, 0]  # (n,)
+        if not len(own):
+            return 0.0
+        with torch.no_grad():
+            target = encode(self.teacher, batch.images[own], batch.tokens[own])
+        images, texts = features.image_features[own], features.text_features[own]
+        with torch.autocast(images.device.type, enabled=False):  # similarities of ±100 need float32
+            kept = target.logit_scale * target.image_features @ target.text_features.T / self.temperature
+            now = features.logit_scale * images @ texts.T / self.temperature  # (n, n)
+            divergence = (kl(kept, now) + kl(kept.T, now.T)) / 2
+        return self.weight * self.temperature**2 * divergence
+
+    def state(self) -> dict:
+        return {"teacher": self.teacher.state_dict()}
+
+    def load_state(self, state: dict) -> None:
+        self.teacher.load_state_dict(state["teacher"])
+
+
+def kl(kept: Tensor, now: Tensor) -> Tensor:
+    """Mean over rows of KL(softmax(kept) || softmax(now))."""
+    return F.kl_div(now.log_softmax(1), kept.log_softmax(1), reduction="batchmean", log_target=True)

@@ -1,0 +1,87 @@
+"""Elastic weight consolidation, online: weights that mattered so far are held near where the update starts.
+
+Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796, eq. 3; online: Schwarz et al. 2018, arXiv 1805.06370.
+
+    L(θ) = L_clip(θ) + λ/2 Σ_k F_k (θ_k - θ*_k)²           F ← γ F + F_new after each update
+
+θ* are the weights the update starts from (under a merge, the merged ones). F_new is the diagonal of the
+empirical Fisher at the tuned weights: the squared gradient of a batch's training loss, mean over batches, since
+the contrastive loss has no gradient of a single sample. The first `samples` samples of the update are seen again
+for it, in batches as they were trained on (all three pools), or all of them if an update has fewer.
+
+Differs from the released code, in which trained weights are never stored, the Fisher's loss takes the logit scale
+without its exponential, and only update data is seen (paper.md, section 4).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fomo.clip import Features, contrastive_loss, encode
+from fomo.errors import FieldError
+from fomo.fields import at_least
+from fomo.methods.base import Inputs, Method, Weights
+
+
+@dataclass
+class Ewc(Method):
+    strength: float = 1.0  # λ (e_lambda)
+    decay: float = 1.0  # γ
+    samples: int = 50_000  # that the Fisher is estimated on, rounded up to whole batches
+    trained: dict[str, nn.Parameter] = field(default_factory=dict, init=False)  # θ
+    anchor: Weights = field(default_factory=dict, init=False)  # θ*
+    fisher: Weights = field(default_factory=dict, init=False)  # F, empty in the first update
+
+    def __post_init__(self):
+        at_least("method.strength", self.strength, 0)
+        at_least("method.samples", self.samples, 1)
+        if not 0 <= self.decay <= 1:
+            raise FieldError("method.decay", f"must lie between 0 and 1, got {self.decay:g}")
+
+    def prepare(self, model: nn.Module) -> list[nn.Parameter]:
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return list(self.trained.values())
+
+    def before_update(self, model: nn.Module) -> None:
+        self.anchor = {name: p.detach().clone() for name, p in self.trained.items()}
+
+    def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
+        if not self.fisher:
+            return 0.0
+        terms = [(self.fisher[n] * (p - self.anchor[n]).square()).sum() for n, p in self.trained.items()]
+        return self.strength / 2 * torch.stack(terms).sum()
+
+    def after_update(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
+        fresh = self.estimate(model, batches)
+        for name, old in self.fisher.items():
+            fresh[name].add_(old, alpha=self.decay)
+        self.fisher = fresh
+
+    def estimate(self, model: nn.Module, batches: Iterable[Inputs]) -> Weights:
+        """F_new. In evaluation mode: nothing is dropped, no running statistics of a batch norm move."""
+        model.eval()
+        total = {name: torch.zeros_like(p) for name, p in self.trained.items()}
+        seen = count = 0
+        for batch in batches:
+            on_cuda = batch.images.device.type == "cuda"  # there as in training, by default
+            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=on_cuda):
+                features = encode(model, batch.images, batch.tokens)
+            loss = contrastive_loss(features)
+            gradients = torch.autograd.grad(loss, list(self.trained.values()), materialize_grads=True)
+            for squares, gradient in zip(total.values(), gradients, strict=True):
+                squares.addcmul_(gradient, gradient)
+            count, seen = count + 1, seen + len(batch.images)
+            if seen >= self.samples:
+                break
+        return {name: squares.div_(max(count, 1)) for name, squares in total.items()}
+
+    def state(self) -> dict:
+        return {"anchor": self.anchor, "fisher": self.fisher}
+
+    def load_state(self, state: dict) -> None:
+        self.anchor, self.fisher = (
+            {name: tensor.to(self.trained[name].device) for name, tensor in state[key].items()}
+            for key in ("anchor", "fisher")
+        )

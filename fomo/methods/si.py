@@ -1,0 +1,81 @@
+"""Synaptic intelligence: weights whose way lowered the loss are held near where the update starts.
+
+Zenke et al. 2017, https://arxiv.org/abs/1703.04200, eqs. 3 to 5.
+
+    L(θ) = L_clip(θ) + c Σ_k Ω_k (θ_k - θ*_k)²
+    ω_k ← ω_k - g_k Δθ_k                              each step; Σ_k ω_k approximates how far the loss fell
+    Ω_k ← Ω_k + max(ω_k, 0) / ((θ_k - θ*_k)² + ξ)     after each update, then ω = 0
+
+θ* are the weights the update starts from (under a merge, the merged ones), Δθ what the step did to the weights
+(momentum, weight decay and the bound on the logit scale included), g the gradient that the optimizer saw: clipped,
+and of the whole loss. The original takes the gradient without the penalty; here a weight that is held gains a
+little less new importance, and a clipped step counts for less. As in the authors' code, a way that raised the
+loss earns no negative importance.
+
+Differs from the released code: that adds lr g² in place of -g Δθ, which is the same for plain SGD only, and never
+stores the trained weights (paper.md, section 4).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fomo.clip import Features
+from fomo.errors import FieldError
+from fomo.fields import at_least
+from fomo.methods.base import Inputs, Method, Weights
+
+
+@dataclass
+class SynapticIntelligence(Method):
+    strength: float = 0.5  # c
+    damping: float = 1.0  # ξ
+    trained: dict[str, nn.Parameter] = field(default_factory=dict, init=False)  # θ
+    anchor: Weights = field(default_factory=dict, init=False)  # θ*
+    before: Weights = field(default_factory=dict, init=False)  # θ before the step
+    path: Weights = field(default_factory=dict, init=False)  # ω
+    importance: Weights = field(default_factory=dict, init=False)  # Ω, empty in the first update
+
+    def __post_init__(self):
+        at_least("method.strength", self.strength, 0)
+        if self.damping <= 0:
+            raise FieldError("method.damping", f"must be positive, got {self.damping:g}")
+
+    def prepare(self, model: nn.Module) -> list[nn.Parameter]:
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return list(self.trained.values())
+
+    def before_update(self, model: nn.Module) -> None:
+        self.anchor = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.path = {name: torch.zeros_like(p) for name, p in self.trained.items()}
+
+    def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
+        self.before = {name: p.detach().clone() for name, p in self.trained.items()}
+        if not self.importance:
+            return 0.0
+        terms = [(self.importance[n] * (p - self.anchor[n]).square()).sum() for n, p in self.trained.items()]
+        return self.strength * torch.stack(terms).sum()
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, lr: float) -> None:
+        for name, p in self.trained.items():
+            if p.grad is not None:
+                self.path[name].addcmul_(p.grad, p - self.before[name], value=-1)
+
+    @torch.no_grad()
+    def after_update(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
+        for name, p in self.trained.items():
+            fresh = self.path[name].clamp_(min=0).div_((p - self.anchor[name]).square_().add_(self.damping))
+            self.importance[name] = self.importance[name] + fresh if name in self.importance else fresh
+        self.path, self.before = {}, {}
+
+    def state(self) -> dict:
+        return {"anchor": self.anchor, "path": self.path, "importance": self.importance}
+
+    def load_state(self, state: dict) -> None:
+        self.anchor, self.path, self.importance = (
+            {name: tensor.to(self.trained[name].device) for name, tensor in state[key].items()}
+            for key in ("anchor", "path", "importance")
+        )
