@@ -1,7 +1,7 @@
 """Evaluation: zero-shot classification and retrieval; knowledge accumulation (KA), zero-shot retention (ZS), GM.
 
 KA is the mean score over the adaptation sets, ZS over the held-out sets, GM their geometric mean, in percent
-(paper.md section 10). N pictures, C classes, D embedding width.
+(paper, section 4). N pictures, C classes, D embedding width.
 """
 
 import json

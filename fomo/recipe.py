@@ -138,7 +138,7 @@ class Optimizer:
 @dataclass(frozen=True)
 class Temperature:
     init: float | None = None  # tau = 1 / exp(logit_scale); the checkpoint's
-    learn: bool | None = None  # by method: adapters and locked towers leave it alone (paper.md section 16)
+    learn: bool | None = None  # by method: adapters and locked towers leave it alone
     max: float | None = 100.0  # bound of exp(logit_scale), as open_clip; null: none, as the released code
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""The run folder: everything one `update` read, did and made (design.md, section 6 of its contract).
+"""The run folder: everything one `update` read, did and made.
 
 A checkpoint is complete or absent: it is written aside, flushed, hashed, and renamed to a name that carries the
 hash, so a truncated or altered file is recognised by its name and the one before it is used.

@@ -371,7 +371,7 @@ def labelled_test(labels: np.ndarray, usable: np.ndarray | None = None, name: st
     [
         (211, 100, 0.1, 2110),
         (10, 50, 0.1, 300),  # at least 300
-        (211, 10, 0.1, 422),  # at least 2 per class: the 422 of Country211 in paper.md 10.3
+        (211, 10, 0.1, 422),  # at least 2 per class: the 422 of Country211 in the released results
         (10, 20, 0.1, 200),  # but not more than there are
         (100, 100, 0.1, 1000),
         (10, 500, 1.0, 5000),

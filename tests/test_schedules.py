@@ -1,7 +1,7 @@
 """Learning rates against independent sources, in float64 on the CPU; a few seconds, mostly to import torch.
 
-The paper's formulas (arXiv 2408.14471, section 6.1, as digested in paper.md section 5), written out once more
-with none of the code's helpers; torch's own schedulers; the multiplier table of paper.md. Then ragged updates
+The paper's formulas (arXiv 2408.14471, section 6.1), written out once more
+with none of the code's helpers; torch's own schedulers; the multiplier table they give. Then ragged updates
 and, by hypothesis, the bounds that every curve keeps.
 
     python -m pytest tests/test_schedules.py
@@ -31,7 +31,7 @@ def curve(schedule, t, steps=N, peak=A, branch=True):
 
 
 def paper(name, meta, t, N=N, W=W, C=C):
-    """The closed forms of paper.md section 5 for update t, (N,)."""
+    """The closed forms for update t, (N,)."""
     steps = [paper_step(name, meta, t, n, N, W, C) for n in range(N)]
     return np.array(steps)
 

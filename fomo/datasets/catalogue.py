@@ -1,4 +1,4 @@
-"""The catalogue: the paper's 63 datasets as data (paper.md section 2), 41 to learn and 22 that must be kept.
+"""The catalogue: the paper's 63 datasets as data (its tables 2 and 3), 41 to learn and 22 that must be kept.
 
 The table is catalogue.csv beside this file; an empty cell means unknown or not applicable. `dataset: NAME` in an
 entry of a data file takes prompt, task, year, and the source's own name and splits from here.

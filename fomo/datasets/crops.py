@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # of the paper's RandomResizedCrop (paper.md section 2.3)
+SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)  # of the paper's RandomResizedCrop
 
 
 def random_crops(shapes: np.ndarray, rng: np.random.Generator) -> np.ndarray:

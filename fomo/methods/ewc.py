@@ -10,7 +10,7 @@ the contrastive loss has no gradient of a single sample. The first `samples` sam
 for it, in batches as they were trained on (all three pools), or all of them if an update has fewer.
 
 Differs from the released code, in which trained weights are never stored, the Fisher's loss takes the logit scale
-without its exponential, and only update data is seen (paper.md, section 4).
+without its exponential, and only update data is seen.
 """
 
 from collections.abc import Iterable

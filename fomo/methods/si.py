@@ -13,7 +13,7 @@ little less new importance, and a clipped step counts for less. As in the author
 loss earns no negative importance.
 
 Differs from the released code: that adds lr g² in place of -g Δθ, which is the same for plain SGD only, and never
-stores the trained weights (paper.md, section 4).
+stores the trained weights.
 """
 
 from collections.abc import Iterable

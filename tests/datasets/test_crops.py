@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import resized_crop
 from fomo.datasets.crops import RATIO, SCALE, central_crops, crop, random_crops
 from fomo.datasets.samples import canvas_of
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # paper.md 2.3
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # leaves values from 0 to 255
 
 
