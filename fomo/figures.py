@@ -58,6 +58,7 @@ class Curve:
     updates: list[int]
     mean: dict[str, np.ndarray]  # "ka", "zs", "gm" -> percent, (U,); NaN where a run has no score
     spread: dict[str, np.ndarray]  # their standard deviation over runs, (U,)
+    frozen: np.ndarray | None = None  # KA of the frozen-feature baseline, (U,)
 
 
 def render(draw: Callable[[Any], Figure], what: Any, kind: str = "svg", salt: str = "") -> bytes:
@@ -127,7 +128,10 @@ def label_inside(axes: Axes, labels: list[tuple], curves: list[np.ndarray]) -> N
 
 
 def scores_figure(curves: list[Curve]) -> Figure:
-    """KA, ZS and GM over the updates with a band of one standard deviation, labelled at the curves' ends."""
+    """KA, ZS and GM over the updates with a band of one standard deviation, labelled at the curves' ends.
+
+    "frozen": what ridge regression on the untouched model's features reaches (fomo/frozen.py).
+    """
     known = [key for key in SCORES if any(np.isfinite(curve.mean[key]).any() for curve in curves)]
     figure, panels = new_figure(height=0.4 + 1.7 * len(known), rows=len(known), sharex=True)
     for axes, key in zip(panels, known, strict=True):
@@ -144,6 +148,12 @@ def scores_figure(curves: list[Curve]) -> Figure:
                 name = f"{shorten(curve.label, 20)} " if len(curves) > 1 else ""
                 labels.append((x[-1], mean[-1], f"{name}{mean[-1]:.1f}", style["color"]))
                 at_least(axes, np.array([x[-1], mean[-1]]), span=np.array([0, 2]))
+        frozen = next((curve for curve in curves if curve.frozen is not None), None)
+        if key == "ka" and frozen:
+            axes.plot(frozen.updates, frozen.frozen, color="#777777", linestyle=":", linewidth=1.2)
+            labels.append(
+                (frozen.updates[-1], frozen.frozen[-1], f"frozen {frozen.frozen[-1]:.1f}", "#777777")
+            )
         label_beside(axes, labels)
     count_updates(panels[-1])
     return figure

@@ -14,14 +14,17 @@ without its random projection; classification only.
     baseline.score("flags", test_features, test_labels)  # -> eval.Score
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fomo.datasets.samples import Samples
 from fomo.errors import FieldError
-from fomo.eval import Score, proportion
+from fomo.eval import Score, TestSet, proportion
 
 NONE = -1  # the prediction where no class has been seen
 
@@ -80,6 +83,26 @@ class FrozenBaseline:
 
     def load_state(self, state: dict) -> None:
         self.datasets = {name: Sums(**sums) for name, sums in state.items()}
+
+
+def trajectory(
+    updates: Iterable[Iterable[tuple[str, Samples, np.ndarray]]], tests: list[TestSet], features: Callable
+) -> list[float]:
+    """The baseline's KA, percent, before the first update and after each.
+
+    updates: for each, the name, pictures and sample numbers of every dataset in it. tests: the adaptation sets,
+    classification. features(samples, numbers) -> (N, D) of the untouched model; each picture is passed once.
+    """
+    baseline = FrozenBaseline()
+    known = [
+        (t.name, features(t.samples, t.usable), torch.from_numpy(t.samples.labels[t.usable])) for t in tests
+    ]
+    means = [0.0]
+    for update in updates:
+        for name, samples, numbers in update:
+            baseline.learn(name, features(samples, numbers), torch.from_numpy(samples.labels[numbers]))
+        means.append(sum(baseline.score(*test).score for test in known) / len(known))
+    return means
 
 
 def empty(width: int) -> Sums:

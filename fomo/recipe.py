@@ -155,6 +155,9 @@ class Evaluation:
     )
     every: int = 1  # evaluate after every n-th update (and always after the last)
     keep_weights: int | None = 3  # how many of the latest deployed weights to keep; null: all
+    frozen: bool = (
+        False  # also score ridge regression on the untouched model's features: one pass over the data
+    )
 
     def __post_init__(self):
         if not 0 < self.subset <= 1:

@@ -153,7 +153,15 @@ class Group:
             updates=self.updates,
             mean={key: scores.mean(axis=0) for key, scores in values.items()},
             spread={key: deviation(scores) for key, scores in values.items()},
+            frozen=self.frozen(),
         )
+
+    def frozen(self) -> np.ndarray | None:
+        """KA of the frozen baseline at each of the group's updates, mean over runs."""
+        known = [of_run[0].get("frozen") for of_run in self.lines]
+        if not all(known):
+            return None
+        return np.array([[of_run[update] for update in self.updates] for of_run in known]).mean(axis=0)
 
     @property
     def whole(self) -> bool:

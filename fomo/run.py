@@ -29,11 +29,16 @@ LOGS = ("metrics.jsonl", "train.jsonl")
 class Position:
     """How far a run is."""
 
+    updates: int = 0  # T, once the stream is known
     update: int = 0  # updates finished
     step: int = 0  # steps done in the next one
     evaluated: bool = False  # whether the weights after `update` have been scored
     samples: int = 0
     seconds: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.evaluated and 0 < self.updates == self.update
 
 
 @dataclass

@@ -20,7 +20,8 @@ from fomo.datasets.orders import Known, Reference, make_stream
 from fomo.datasets.samples import Collection, Samples
 from fomo.datasets.stream import Concept
 from fomo.errors import Failure, Interrupted, UserError
-from fomo.eval import TestSet, as_metrics, evaluate, open_tests, subset
+from fomo.eval import TestSet, as_metrics, evaluate, image_features, open_tests, subset
+from fomo.frozen import trajectory
 from fomo.methods import build_method
 from fomo.pretrain import starting_model
 from fomo.recipe import Recipe, Temperature
@@ -39,6 +40,7 @@ class Material:
 
     stream: list[list[Concept]]  # T updates
     adaptation: Collection
+    names: list[str]  # of the parts of `adaptation`
     concept_numbers: dict[tuple[str, int], np.ndarray]  # (dataset, label) -> sample numbers
     pretraining: Collection
     tests: list[TestSet]
@@ -48,6 +50,15 @@ class Material:
         """The samples of all concepts of some updates."""
         found = [self.concept_numbers[c.dataset, c.label] for concepts in updates for c in concepts]
         return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+    def by_dataset(self, numbers: np.ndarray) -> list[tuple[str, Samples, np.ndarray]]:
+        """The name, the samples and the own numbers of each dataset among `numbers`; those with classes."""
+        starts, found = self.adaptation.offsets, []
+        for part, name in enumerate(self.names):
+            own = numbers[(numbers >= starts[part]) & (numbers < starts[part + 1])] - starts[part]
+            if len(own) and (self.adaptation.parts[part].labels[own] >= 0).all():
+                found.append((name, self.adaptation.parts[part], own))
+        return found
 
 
 def open_material(recipe: Recipe, clip: Clip) -> Material:
@@ -79,7 +90,7 @@ def open_material(recipe: Recipe, clip: Clip) -> Material:
     stream = make_stream(concepts, Known(recipe.stream, seed, data, lambda: reference))
     tests = open_tests(data, clip, size)
     subsets = {test.name: subset(test, recipe.evaluation.subset, recipe.seed) for test in tests}
-    return Material(stream, Collection(parts), numbers, Collection(pool), tests, subsets)
+    return Material(stream, Collection(parts), list(by_name), numbers, Collection(pool), tests, subsets)
 
 
 def batches_of(material: Material, recipe: Recipe, update: int) -> Batches:
@@ -104,6 +115,7 @@ class Life:
         self.model = clip.model.to(device)
         self.method = build_method(recipe.method)
         self.material = open_material(recipe, clip)
+        run.position.updates = len(self.material.stream)
         set_temperature(self.model, recipe.temperature)
         self.method.keep_in(run.folder)
         torch.manual_seed(recipe.seed)  # of what methods draw in `prepare`
@@ -138,7 +150,7 @@ class Life:
         self.clock = now
 
     def live(self) -> None:
-        position, updates = self.run.position, self.recipe.stream.updates
+        position, updates = self.run.position, self.run.position.updates
         steps = self.recipe.steps
         with tqdm(total=updates * steps, initial=position.update * steps + position.step, unit="step") as bar:
             try:
@@ -217,7 +229,7 @@ class Life:
     def evaluate(self, bar: tqdm) -> None:
         """Score the deployed weights, keep them, and make the run resumable from here."""
         run, recipe, position = self.run, self.recipe, self.run.position
-        last = position.update == recipe.stream.updates
+        last = position.update == position.updates
         if last or position.update % recipe.evaluation.every == 0:
             full = last or position.update == 0
             total = sum(len(t.usable if full else self.material.subsets[t.name]) for t in self.material.tests)
@@ -236,6 +248,8 @@ class Life:
                 line["full"] = as_metrics(whole)
             if position.update == 0:
                 line["roles"] = {test.name: test.role for test in self.material.tests}
+                if recipe.evaluation.frozen:
+                    line["frozen"] = self.frozen_baseline()
             steps = position.update * recipe.steps
             spent = {"steps": steps, "samples": position.samples, "seconds": round(position.seconds, 3)}
             run.log("metrics.jsonl", {**line, **spent, "peak_memory": peak_memory(self.device)})
@@ -244,6 +258,18 @@ class Life:
             )
         position.evaluated = True
         self.checkpoint()
+
+    def frozen_baseline(self) -> list[float]:
+        """KA of the frozen baseline over the whole stream, while the model is still the untouched one."""
+        material = self.material
+        tests = [t for t in material.tests if t.role == "adaptation" and t.task == "classification"]
+        taught = (material.numbers([concepts]) for concepts in material.stream)
+        with tqdm(desc="frozen baseline", unit="img", leave=False) as progress:
+
+            def features(samples: Samples, numbers: np.ndarray) -> torch.Tensor:
+                return image_features(self.clip, samples, numbers, self.device, progress.update)
+
+            return trajectory(map(material.by_dataset, taught), tests, features) if tests else []
 
 
 def set_temperature(model: nn.Module, temperature: Temperature) -> None:
@@ -281,7 +307,7 @@ def run_recipe(recipe: Recipe, folder: Path, *, resume: bool, device: str, worke
     """Run `recipe` in the run folder and write its report; -> a line about what came of it."""
     place = pick_device(device, recipe.threads)
     run, checkpoint = Run.open(folder, recipe, resume)
-    if not (run.position.update == recipe.stream.updates and run.position.evaluated):
+    if not run.position.finished:
         life = Life(recipe, starting_model(recipe.model, place), run, place, workers)
         run.begin(recipe, checkpoint)
         if checkpoint:

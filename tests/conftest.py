@@ -55,7 +55,7 @@ data: data.yaml
 stream: {updates: 3}
 budget: {steps: 4}
 optimizer: {batch_size: 12}
-evaluation: {subset: 1.0, keep_weights: null}
+evaluation: {subset: 1.0, keep_weights: null, frozen: true}
 defaults:
   lr: {finetune: 1e-2}
   keep: 0.5

@@ -31,6 +31,7 @@ def test_a_life_leaves_what_the_contract_says(small_scale, tmp_path):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [0, 1, 2, 3]
     assert [line["samples"] for line in lines] == [0, 48, 96, 144]
+    assert len(lines[0]["frozen"]) == 4 and lines[0]["frozen"][0] == 0 and max(lines[0]["frozen"]) > 20
     for line in lines:
         assert set(line["datasets"]) == {"symbols", "flags", "shapes-inverted"}
         assert line["ka"] == pytest.approx((line["datasets"]["symbols"] + line["datasets"]["flags"]) / 2)
