@@ -25,6 +25,8 @@ class Commands(click.Group):
             status, message = 1, str(error)
         except OSError as error:  # a full disk, a folder that may not be written
             status, message = 1, " ".join(str(error).split())
+        except KeyboardInterrupt:  # before the run has anything to save
+            status, message = 130, "interrupted"
         except Interrupted as stop:
             status, message = stop.exit_status, str(stop)
         print(f"fomo: {message}", file=sys.stderr)
@@ -71,7 +73,7 @@ def cli():
 
 
 @cli.command()
-@click.option("--recipe", "path", default="recipes/guide.yaml", show_default=True, metavar="FILE")
+@click.option("--recipe", "path", metavar="FILE", help="One experiment; by default recipes/guide.yaml.")
 @click.option("--out", metavar="DIR", help="The run folder; by default runs/RECIPE-SCALE-seedN.")
 @click.option("--resume", is_flag=True, help="Go on where the run folder stands.")
 @options("model", "data", "scale", "set", "seed", "device", "workers")
@@ -80,6 +82,7 @@ def update(path, out, resume, device, workers, **said):
     from fomo.recipe import load
     from fomo.update import default_folder, run_recipe
 
+    path = path or Path(__file__).parent / "recipes" / "guide.yaml"
     recipe = load(path, **said)
     folder = Path(out) if out else default_folder(path, recipe, said["data"])
     print(run_recipe(recipe, folder, resume=resume, device=device, workers=workers))
