@@ -34,7 +34,13 @@ def build_method(spec: dict, where: str = "method") -> Method:
     method = method_class(spec, where)
     fields = {key: value for key, value in spec.items() if key != "name"}
     refuse_unknown(fields, sorted(method.accepted(fields)), where)
-    return method.from_spec(fields, where)
+    try:
+        return method.from_spec(fields, where)
+    except FieldError as error:  # a method's own checks do not know that it stands under a merge
+        name, _, problem = str(error).partition(": ")
+        raise FieldError(
+            name if name.startswith(where) else name.replace("method", where, 1), problem
+        ) from None
 
 
 def method_class(spec: dict, where: str = "method") -> type[Method]:

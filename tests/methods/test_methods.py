@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from fomo.clip import contrastive_loss, encode
+from fomo.errors import FieldError
 from fomo.methods import METHODS, build_method
 from fomo.pretrain import starting_model
 from fomo.recipe import Optimizer, load
@@ -65,3 +66,8 @@ def test_finetuning_is_adamw_with_decay_on_everything():
             optimizer.step()
     torch.testing.assert_close(model.weight, other.weight)
     torch.testing.assert_close(model.bias, other.bias)
+
+
+def test_a_mistake_under_a_merge_is_named_where_it_stands():
+    with pytest.raises(FieldError, match=r"^method\.tune\.strength: must be at least 0"):
+        build_method({"name": "merge", "tune": {"name": "ewc", "strength": -1}})
