@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lives import stop_after
 from safetensors.torch import load_file
 
 from fomo.errors import Failure, UserError
@@ -47,29 +47,12 @@ def assert_same(a, b):
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def stop_after(monkeypatch, steps, stop):
-    """Let `stop` happen after so many optimizer steps."""
-    import fomo.update
-
-    original, done = fomo.update.train, 0
-
-    def train(*args, **kwargs):
-        nonlocal done
-        for step in original(*args, **kwargs):
-            done += 1
-            if done == steps:
-                stop()
-            yield step
-
-    monkeypatch.setattr(fomo.update, "train", train)
-
-
 @pytest.mark.parametrize("steps", [1, 4, 6, 11])
 def test_a_signal_saves_and_resume_ends_bit_identical(recipe, whole, tmp_path, monkeypatch, steps):
     from fomo.errors import Interrupted
 
     with monkeypatch.context() as patch:
-        stop_after(patch, steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_after(patch, steps)
         with pytest.raises(Interrupted) as caught:
             run_recipe(recipe, tmp_path / "run", resume=False, device="cpu")
     assert caught.value.exit_status == 143

@@ -1,7 +1,9 @@
 """The contract of every method, through two tiny updates of a real run."""
 
+import open_clip
 import pytest
 import torch
+from lives import assert_same, live
 from safetensors.torch import load_file
 
 from fomo.clip import contrastive_loss, encode
@@ -32,6 +34,14 @@ def test_the_same_seed_gives_the_same_weights(name, small_scale, tmp_path):
     run_recipe(recipe_of(name, small_scale, seed=1), tmp_path / "c", resume=False, device="cpu")
     c = load_file(tmp_path / "c/weights/update_002.safetensors")
     assert any(not torch.equal(a[n], c[n]) for n in a)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_life_cut_in_the_middle_ends_bit_identical_and_opens_in_open_clip(name, small_scale, tmp_path):
+    whole = live(small_scale, tmp_path / "whole", f"{{name: {name}}}")
+    assert_same(whole, live(small_scale, tmp_path / "cut", f"{{name: {name}}}", cut=6))
+    model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/whole/model")
+    assert_same(whole, model.state_dict())
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,12 @@ def live(scale: Path, folder: Path, method: str, *, cut: int | None = None) -> d
     return load_file(folder / "weights/update_002.safetensors")
 
 
-def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_after(patch: pytest.MonkeyPatch, steps: int, stop: Callable[[], None] = terminate) -> None:
+    """Let `stop` happen after so many optimizer steps."""
     original, done = fomo.update.train, 0
 
     def train(*args, **kwargs):
@@ -35,7 +41,7 @@ def stop_after(patch: pytest.MonkeyPatch, steps: int) -> None:
         for step in original(*args, **kwargs):
             done += 1
             if done == steps:
-                os.kill(os.getpid(), signal.SIGTERM)
+                stop()
             yield step
 
     patch.setattr(fomo.update, "train", train)
