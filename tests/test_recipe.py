@@ -77,6 +77,7 @@ MISTAKES = {
     "method=finetune": "method: expected named fields with `name`, got 'finetune'",
     "schedule.name=cosin": "schedule.name: unknown 'cosin'",
     "schedule.meta=matched": "schedule.meta: ",
+    "schedule={name: wsd, meta: infinite}": "schedule.meta: infinite can be drawn",
     "budget={samples: 3, steps: 4}": "budget: say exactly one of samples, steps",
     "budget.steps=0": "budget.steps: must be at least 1, got 0",
     "budget.samples=11": "budget.samples: 11 is less than one batch of 12",
