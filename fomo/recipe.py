@@ -188,7 +188,9 @@ class Recipe:
         at_least("seed", self.seed, 0)
         if self.schedule.meta == "infinite":
             problem = "infinite can be drawn, but `update` does not train from its trunk yet"
-            raise FieldError("schedule.meta", f"{problem}, accepted: none, autoregressive, continued, matched")
+            raise FieldError(
+                "schedule.meta", f"{problem}, accepted: none, autoregressive, continued, matched"
+            )
         if self.threads is not None:
             at_least("threads", self.threads, 1)
         one_of("precision", self.precision, ("auto", "float32", "bf16"))
