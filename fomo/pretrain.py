@@ -19,7 +19,7 @@ from fomo.errors import UserError
 from fomo.methods import Method
 from fomo.recipe import Model, Optimizer, Pretraining, Recipe
 from fomo.schedules import Schedule, learning_rate
-from fomo.train import pick_device, train
+from fomo.train import Precision, pick_device, train
 
 VERSION = 1  # of this procedure: raised when the same settings would give another model
 
@@ -77,7 +77,7 @@ def pretrain(model: Model, folder: Path, device: torch.device) -> Clip:
         batches.loader(),
         lambda step: learning_rate(schedule, settings.lr, 0, step, steps),
         device=device,
-        precision="auto",
+        precision=Precision("auto", device),
         clip_norm=1.0,
         max_scale=100.0,
     )

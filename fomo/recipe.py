@@ -173,7 +173,7 @@ class Recipe:
     data: str  # path of the data file
     scale: str = "tiny"
     seed: int = 0
-    precision: str = "auto"  # bf16 autocast on CUDA, float32 elsewhere
+    precision: str = "auto"  # float32, bf16, fp16; auto: bf16 (or fp16) autocast on CUDA, float32 elsewhere
     threads: int | None = None  # of torch on the CPU; torch's default
     stream: Stream = field(default_factory=Stream)
     mixture: Mixture = field(default_factory=Mixture)
@@ -193,7 +193,7 @@ class Recipe:
             )
         if self.threads is not None:
             at_least("threads", self.threads, 1)
-        one_of("precision", self.precision, ("auto", "float32", "bf16"))
+        one_of("precision", self.precision, ("auto", "float32", "bf16", "fp16"))
         if self.optimizer.lr is None:
             raise FieldError(
                 "optimizer.lr", f"not given, and scale {self.scale} has no default for this method"

@@ -23,10 +23,23 @@ def on_device(batches: Iterable[Batch], clip: Clip, device: torch.device) -> Ite
         yield Inputs(crop(canvas, boxes, clip.image_size, clip.mean, clip.std), tokens, pools)
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 on CUDA unless the recipe says otherwise; the weights are float32 always."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+class Precision:
+    """Mixed precision: what the forward pass computes in. The weights are float32 always.
+
+    auto: on CUDA bf16, or fp16 with loss scaling where bf16 is missing; float32 elsewhere.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        if name == "auto":
+            name = "float32"
+            if device.type == "cuda":
+                name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        self.device = device
+        self.dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
 
 class Step(NamedTuple):
@@ -46,30 +59,34 @@ def train(
     rate: Callable[[int], float],
     *,
     device: torch.device,
-    precision: str,
+    precision: Precision,
     clip_norm: float,
     max_scale: float | None,
     start: int = 0,
 ) -> Iterator[Step]:
     """Take one optimizer step per batch and yield after each. `rate(step)` is the learning rate."""
-    model = clip.model
+    model, scaler = clip.model, precision.scaler  # the scaler passes everything through but in fp16
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, batch in enumerate(on_device(batches, clip, device), start):
         model.train()
         lr = rate(number)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with autocast(device, precision):
+        with precision.autocast():
             features = encode(model, batch.images, batch.tokens)
             penalty = method.penalty(model, batch, features)
         loss = contrastive_loss(features) + penalty
-        loss.backward()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
-        optimizer.step()
+        scale = scaler.get_scale()  # 1 but in fp16
+        scaler.step(optimizer)
+        scaler.update()
         if max_scale is not None:
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(max_scale))  # as open_clip
-        method.after_step(model, lr)
+        if scaler.get_scale() >= scale:  # else the gradients overflowed fp16 and the step was left out
+            method.after_step(model, lr)
         optimizer.zero_grad(set_to_none=True)
         yield Step(number, lr, loss.detach(), grad_norm.detach())
 

@@ -28,7 +28,7 @@ from fomo.recipe import Recipe, Temperature
 from fomo.report import write_report
 from fomo.run import Run
 from fomo.schedules import learning_rate
-from fomo.train import Step, Timed, on_device, pick_device, train
+from fomo.train import Precision, Step, Timed, on_device, pick_device, train
 
 LOG_EVERY = 20  # steps between readings of the loss: on a GPU each reading waits for the device
 CHECKPOINT_SECONDS = 300  # between checkpoints within an update
@@ -123,6 +123,7 @@ class Life:
         if recipe.temperature.learn and not any(p is self.model.logit_scale for p in self.parameters):
             self.model.logit_scale.requires_grad_(True)
             self.parameters.append(self.model.logit_scale)
+        self.precision = Precision(recipe.precision, device)
         self.optimizer: torch.optim.Optimizer | None = None  # lives within one update
         self.clock = time.monotonic()
 
@@ -132,6 +133,7 @@ class Life:
             print(f"{self.run.folder}: results may differ in their last bits: {changed}", file=sys.stderr)
         self.model.load_state_dict(checkpoint["model"])
         self.method.load_state(checkpoint["method"])
+        self.precision.scaler.load_state_dict(checkpoint["scaler"])
         if checkpoint["optimizer"] is not None:
             self.optimizer = self.method.optimizer(self.parameters, self.recipe.optimizer)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -141,7 +143,10 @@ class Life:
         optimizer = self.optimizer.state_dict() if self.optimizer else None
         state = self.method.state()
         weights = self.model.state_dict()
-        self.run.save_checkpoint(model=weights, method=state, optimizer=optimizer, machine=machine())
+        scaler = self.precision.scaler.state_dict()  # empty but in fp16
+        self.run.save_checkpoint(
+            model=weights, method=state, optimizer=optimizer, scaler=scaler, machine=machine()
+        )
 
     def tick(self) -> None:
         """Add the time since the last tick to the run's."""
@@ -181,7 +186,7 @@ class Life:
                 recipe.schedule, recipe.optimizer.lr, position.update, step, recipe.steps
             ),
             device=self.device,
-            precision=recipe.precision,
+            precision=self.precision,
             clip_norm=recipe.optimizer.clip_norm,
             max_scale=recipe.temperature.max,
             start=position.step,
