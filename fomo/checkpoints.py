@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fomo import weights
-from fomo.clip import CONFIG_FILE, NOT_TENSORS, Clip, load, one_line, save
+from fomo.clip import CONFIG_FILE, NOT_TENSORS, Clip, load, save
 from fomo.datasets import datafile
-from fomo.errors import UserError
+from fomo.errors import UserError, one_line
 from fomo.eval import evaluate, open_tests
 from fomo.figures import render, sweep_figure
 from fomo.files import OnDisk, settle, write_atomically, write_tensors

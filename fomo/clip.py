@@ -20,7 +20,7 @@ from open_clip.transformer import text_global_pool
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fomo.errors import UserError
+from fomo.errors import UserError, one_line
 from fomo.files import write_tensors
 
 # What reading a file that is no checkpoint, or a failed download, may raise.
@@ -193,10 +193,6 @@ def finish(model: nn.Module, config: dict, tokenizer: object) -> Clip:
         if key in getattr(visual, "preprocess_cfg", {}):
             config["preprocess_cfg"][key] = visual.preprocess_cfg[key]
     return Clip(model, config, tokenizer)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def tag_config(name: str, pretrained: str | None) -> dict:

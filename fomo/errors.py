@@ -28,3 +28,8 @@ class Interrupted(Exception):
         super().__init__(f"interrupted; {saved}")
         self.signum = signum
         self.exit_status = 128 + signum
+
+
+def one_line(error: Exception) -> str:
+    """What another library's error says, as part of one of our lines."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from fomo.datasets.sources import Source
-from fomo.errors import UserError
+from fomo.errors import UserError, one_line
 
 
 @dataclass
@@ -70,10 +70,6 @@ class Torchvision(Source):
 
     def key(self) -> str:
         return f"torchvision {self.name} {Path(self.root).resolve()} {self.split} {len(self)}"
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def plain_name(name: str | tuple) -> str:
