@@ -1,13 +1,20 @@
 """Evaluation: zero-shot classification and retrieval; knowledge accumulation (KA), zero-shot retention (ZS), GM.
 
 KA is the mean score over the adaptation sets, ZS over the held-out sets, GM their geometric mean, in percent
-(paper, section 4). N pictures, C classes, D embedding width.
+(paper, section 4). Beside the means over datasets stand those over concepts: every class of every set has the same
+weight, and a retrieval set is one concept. Drift needs no labels: how far the image features have moved.
+
+    classification   accuracy (the score), top5, mean_per_class_recall
+    retrieval        t2i@k: share of texts whose picture is among the k nearest, i2t@k: share of pictures with an
+                     own text among them, recall@k: their mean, for k = 1, 5, 10; recall@5 is the score
+
+N pictures, C classes, D embedding width.
 """
 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -15,13 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomo.clip import Clip, encode_text
-from fomo.datasets.crops import central_crops, crop
+from fomo.datasets.crops import crop, per_channel
 from fomo.datasets.datafile import DataFile
-from fomo.datasets.samples import Samples, canvas_of, padded
+from fomo.datasets.samples import Collection, Samples, canvas_of, padded
 from fomo.errors import UserError
 
-IMAGES, TEXTS = 256, 512  # per forward pass
-RECALL_AT = 5
+IMAGES, TEXTS = 256, 64  # per forward pass; more texts at once would only be padded more
+TOP = 5
+RANKS, RECALL_AT = (1, 5, 10), 5
+SHOWN = ("top5", "mean_per_class_recall", "recall@1", "recall@10")  # to people, beside the score
+DRIFT_PICTURES = 512
 
 
 @dataclass
@@ -32,6 +42,7 @@ class TestSet:
     samples: Samples
     usable: np.ndarray  # (N,) numbers of the samples that can be scored
     prompts: list[list[np.ndarray]]  # per template, the token ids of each of the C classes
+    classes: list[str] = field(default_factory=list)  # the C names; the set's own if it is scored as a whole
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,8 @@ class Score:
     score: float  # percent
     n: int  # pictures
     stderr: float  # percent, of sampling the pictures
+    details: dict[str, float] = field(default_factory=dict)  # percent, by name
+    by_class: list[float | None] = field(default_factory=list)  # None: no picture; retrieval: one
 
 
 def open_tests(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
@@ -61,7 +74,9 @@ def open_tests(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
             raise UserError(f"{data.path}: {entry.role}.{entry.name}: no readable test picture has {lacking}")
         templates = source.prompts if entry.task == "classification" else ()
         prompts = [clip.tokenize([t.replace("{}", name) for name in source.classes]) for t in templates]
-        tests.append(TestSet(entry.name, entry.role, entry.task, samples, np.flatnonzero(usable), prompts))
+        classes = source.classes if entry.task == "classification" else [entry.name]
+        kept = np.flatnonzero(usable)
+        tests.append(TestSet(entry.name, entry.role, entry.task, samples, kept, prompts, classes))
     return tests
 
 
@@ -94,13 +109,29 @@ def image_features(
     """(N, D) on the unit sphere."""
     out = []
     for start in range(0, len(numbers), IMAGES):
-        chunk = numbers[start : start + IMAGES]
-        canvas, shapes = canvas_of([samples.pixels[int(i)] for i in chunk])
-        boxes = torch.from_numpy(central_crops(shapes[:, 0].astype(float), shapes[:, 1].astype(float)))
-        images = crop(canvas.to(device), boxes.to(device), clip.image_size, clip.mean, clip.std)
+        pictures = [samples.pixels[int(i)] for i in numbers[start : start + IMAGES]]
+        images = central_images(clip, pictures, device)
         out.append(F.normalize(clip.model.encode_image(images).float(), dim=-1))
-        tick(len(chunk))
+        tick(len(pictures))
     return torch.cat(out)
+
+
+def central_images(clip: Clip, pictures: list[np.ndarray], device: torch.device) -> Tensor:
+    """The largest central squares, resized and normalised, (B, 3, S, S)."""
+    canvas, shapes = canvas_of([central_square(picture) for picture in pictures])
+    canvas = canvas.to(device)
+    if (shapes == clip.image_size).all():  # of a cache of the model's size: nothing to resize
+        images = canvas.permute(0, 3, 1, 2).contiguous().float()
+        return images.sub_(per_channel(clip.mean, device)).div_(per_channel(clip.std, device))
+    boxes = F.pad(torch.from_numpy(shapes).float(), (2, 0))
+    return crop(canvas, boxes.to(device), clip.image_size, clip.mean, clip.std)
+
+
+def central_square(picture: np.ndarray) -> np.ndarray:
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return picture[top : top + side, left : left + side]
 
 
 @torch.no_grad()
@@ -127,23 +158,53 @@ def class_features(clip: Clip, prompts: list[list[np.ndarray]], device: torch.de
 
 
 def accuracy(images: Tensor, classes: Tensor, labels: Tensor) -> Score:
-    """Top-1 over the full label space."""
-    return proportion("accuracy", (images @ classes.T).argmax(-1) == labels)
+    """Over the full label space; by class, and their mean, for classes that have a picture."""
+    similarity = images @ classes.T  # (N, C)
+    hits = similarity.argmax(-1) == labels
+    nearest = similarity.topk(min(TOP, len(classes)), dim=1).indices
+    in_top = (nearest == labels[:, None]).any(1)
+    pictures, found = (torch.bincount(x, minlength=len(classes)).tolist() for x in (labels, labels[hits]))
+    by_class = [100 * hit / n if n else None for hit, n in zip(found, pictures, strict=True)]
+    details = {f"top{TOP}": percent(in_top), "mean_per_class_recall": mean(by_class)}
+    return replace(proportion("accuracy", hits), details=details, by_class=by_class)
 
 
-def recall(images: Tensor, texts: Tensor, owner: Tensor, k: int = RECALL_AT) -> Score:
-    """Mean of text-to-image and image-to-text recall@k. owner (number of texts,): the picture of each text.
+def recall(images: Tensor, texts: Tensor, owner: Tensor) -> Score:
+    """Of retrieval; owner (number of texts,): the picture of each text."""
+    similarity, most = texts @ images.T, max(RANKS)  # (texts, N)
+    t2i = similarity.topk(min(most, len(images)), dim=1).indices == owner[:, None]  # (texts, k)
+    nearest = similarity.T.topk(min(most, len(texts)), dim=1).indices  # (N, k)
+    i2t = owner[nearest] == torch.arange(len(images), device=owner.device)[:, None]
+    details = {}
+    for k in RANKS:
+        one, two = percent(t2i[:, :k].any(1)), percent(i2t[:, :k].any(1))
+        details |= {f"t2i@{k}": one, f"i2t@{k}": two, f"recall@{k}": (one + two) / 2}
+    metric = f"recall@{RECALL_AT}"
+    stderr = recall_error(t2i[:, :RECALL_AT].any(1), i2t[:, :RECALL_AT].any(1), owner)
+    return Score(metric, details[metric], len(images), stderr, details, [details[metric]])
 
-    T2I: share of texts whose picture is among the k nearest; I2T: share of pictures with an own text among them.
+
+def recall_error(t2i: Tensor, i2t: Tensor, owner: Tensor) -> float:
+    """Percent, of drawing N pictures with all their texts: what belongs to one picture is no independent draw.
+
+    T2I is a ratio, texts found / texts, so picture i with c_i texts moves the mean of both by its
+    ((found_i - T2I c_i) / mean(c) + i2t_i - I2T) / 2N (linearisation, Cochran 1977, section 6.3).
     """
-    similarity = texts @ images.T  # (texts, N)
-    nearest = similarity.topk(min(k, len(images)), dim=1).indices
-    t2i = (nearest == owner[:, None]).any(1)
-    nearest = similarity.T.topk(min(k, len(texts)), dim=1).indices  # (N, k)
-    i2t = (owner[nearest] == torch.arange(len(images), device=owner.device)[:, None]).any(1)
-    one, two = proportion("", t2i), proportion("", i2t)
-    mean, stderr = (one.score + two.score) / 2, math.hypot(one.stderr, two.stderr) / 2
-    return Score(f"recall@{k}", mean, len(images), stderr)
+    count = len(i2t)
+    texts, found = (torch.bincount(x, minlength=count).double() for x in (owner, owner[t2i]))
+    ratio = found.sum() / texts.sum()
+    moved = (found - ratio * texts) / texts.mean() + i2t - i2t.double().mean()
+    return 50 * (moved.square().mean() / count).sqrt().item()
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Of those that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def percent(hits: Tensor) -> float:
+    return 100 * hits.double().mean().item()
 
 
 def proportion(metric: str, hits: Tensor) -> Score:
@@ -195,14 +256,15 @@ def evaluate(
 
 
 def summarise(tests: list[TestSet], scores: dict[str, Score]) -> dict:
-    """KA, ZS, GM (None where there is no set to average) and the scores by dataset."""
-    means = {}
+    """KA, ZS, GM and the means over concepts (None where there is no set to average), the scores by dataset."""
+    means, concepts = {}, {}
     for key, role in (("ka", "adaptation"), ("zs", "evaluation")):
-        values = [scores[test.name].score for test in tests if test.role == role]
-        means[key] = sum(values) / len(values) if values else None
+        chosen = [scores[test.name] for test in tests if test.role == role]
+        means[key] = mean([score.score for score in chosen])
+        concepts[key] = mean([value for score in chosen for value in score.by_class])
     both = means["ka"] is not None and means["zs"] is not None
     means["gm"] = math.sqrt(means["ka"] * means["zs"]) if both else None
-    return {**means, "datasets": scores}
+    return {**means, "concept_means": concepts, "datasets": scores}
 
 
 def as_metrics(scores: dict) -> dict:
@@ -210,18 +272,57 @@ def as_metrics(scores: dict) -> dict:
     by_dataset = {
         "datasets": {name: score.score for name, score in scores["datasets"].items()},
         "stderr": {name: score.stderr for name, score in scores["datasets"].items()},
+        "details": {name: score.details for name, score in scores["datasets"].items()},
     }
     return {**scores, **by_dataset}
+
+
+def concept_scores(scores: dict) -> dict[str, list[float | None]]:
+    """By dataset, percent of each class, as a line of concepts.jsonl has them; of a retrieval set its score."""
+    return {
+        name: [None if value is None else round(value, 4) for value in score.by_class]
+        for name, score in scores["datasets"].items()
+    }
+
+
+def drift_sample(collection: Collection, seed: int, n: int = DRIFT_PICTURES) -> np.ndarray:
+    """Numbers of at most n pictures of the pretraining pool, decided by the seed; those that can be read."""
+    rng = np.random.default_rng([seed, 0xD21F])
+    drawn = np.sort(rng.choice(len(collection), min(n, len(collection)), replace=False))
+    places = [collection.locate(number) for number in drawn.tolist()]
+    return drawn[np.array([samples.pixels[index].size > 0 for samples, index in places], bool)]
+
+
+def drift_features(clip: Clip, collection: Collection, numbers: np.ndarray, device: torch.device) -> Tensor:
+    """(N, D) on the CPU, of ascending sample numbers of a collection."""
+    clip.model.eval()
+    owner = np.searchsorted(collection.offsets, numbers, side="right") - 1
+    features = []
+    for part in np.unique(owner):
+        own = numbers[owner == part] - collection.offsets[part]
+        features.append(image_features(clip, collection.parts[part], own, device, lambda n: None))
+    return torch.cat(features).cpu()
+
+
+def drift(original: Tensor, now: Tensor) -> float:
+    """Mean cosine between features (N, D) of the same pictures, then and now: 1 where nothing has moved."""
+    return F.cosine_similarity(original.double(), now.double(), dim=-1).mean().item()
 
 
 def table(scores: dict, as_json: bool = False) -> str:
     """The scores as text for people, or as one JSON document."""
     rows = {name: vars(score) for name, score in scores["datasets"].items()}
     means = {key: scores[key] for key in ("ka", "zs", "gm")}
+    concepts = scores["concept_means"]
     if as_json:
-        return json.dumps({**means, "datasets": rows}, indent=1)
-    lines = [
-        f"{n:30} {r['metric']:10} {r['score']:6.2f} +- {r['stderr']:.2f}  n={r['n']}" for n, r in rows.items()
-    ]
-    shown = [f"{key.upper()} {value:.2f}" for key, value in means.items() if value is not None]
-    return "\n".join([*lines, "  ".join(shown)])
+        kept = ("metric", "score", "n", "stderr", "details")
+        by_dataset = {name: {key: row[key] for key in kept} for name, row in rows.items()}
+        return json.dumps({**means, "concept_means": concepts, "datasets": by_dataset}, indent=1)
+    lines = []
+    for name, r in rows.items():
+        more = "".join(f"  {key} {r['details'][key]:.2f}" for key in SHOWN if key in r["details"])
+        lines.append(f"{name:30} {r['metric']:10} {r['score']:6.2f} +- {r['stderr']:.2f}  n={r['n']}{more}")
+    for values, over in ((means, ""), (concepts, "  over concepts instead of datasets")):
+        shown = [f"{key.upper()} {value:.2f}" for key, value in values.items() if value is not None]
+        lines += ["  ".join(shown) + over] if shown else []
+    return "\n".join(lines)

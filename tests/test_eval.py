@@ -18,7 +18,8 @@ from torch import nn
 from fomo import clip as fomo_clip
 from fomo.clip import Clip
 from fomo.datasets import datafile
-from fomo.datasets.samples import Samples
+from fomo.datasets.crops import central_crops, crop
+from fomo.datasets.samples import Collection, Samples, canvas_of
 from fomo.datasets.sources import Source
 from fomo.errors import UserError
 from fomo.eval import (
@@ -26,11 +27,17 @@ from fomo.eval import (
     TestSet,
     accuracy,
     as_metrics,
+    central_images,
     class_features,
+    concept_scores,
+    drift,
+    drift_features,
+    drift_sample,
     evaluate,
     image_features,
     open_tests,
     recall,
+    recall_error,
     score_test,
     subset,
     summarise,
@@ -151,7 +158,8 @@ def test_a_perfect_model_scores_100_percent():
     clip = stub(Seeing())
     test = coloured(clip, [i % 8 for i in range(100)])
     (score,) = score_test(clip, test, [test.usable], CPU, nothing)
-    assert score == Score("accuracy", 100.0, 100, 0.0)
+    perfect = {"top5": 100.0, "mean_per_class_recall": 100.0}
+    assert score == Score("accuracy", 100.0, 100, 0.0, perfect, [100.0] * 8)
 
 
 def test_a_model_that_sees_scores_what_it_sees():
@@ -171,6 +179,9 @@ def test_a_model_that_guesses_scores_chance():
     (score,) = score_test(clip, test, [test.usable], CPU, nothing)
     assert abs(score.score - 100 / 8) < 3 * score.stderr
     assert score.stderr == pytest.approx(100 * math.sqrt(1 / 8 * 7 / 8 / 2400), rel=0.1)
+    assert abs(score.details["top5"] - 500 / 8) < 3 * 100 * math.sqrt(5 / 8 * 3 / 8 / 2400)
+    assert score.details["mean_per_class_recall"] == pytest.approx(score.score)  # 300 pictures of each
+    assert all(abs(value - 100 / 8) < 4 * 100 * math.sqrt(1 / 8 * 7 / 8 / 300) for value in score.by_class)
 
 
 def test_a_model_that_is_stuck_scores_one_class():
@@ -187,11 +198,32 @@ def test_accuracy_is_over_all_classes_even_those_without_a_picture():
     assert accuracy(images, classes, torch.tensor([0, 0])).score == 50
 
 
+@pytest.mark.parametrize("count", [3, 5, 6, 40])
+def test_top_5_is_what_counting_gives(count):
+    generator = torch.Generator().manual_seed(count)
+    images, classes = (torch.randn(n, 8, generator=generator) for n in (70, count))
+    labels = torch.randint(count, (70,), generator=generator)
+    found = 0
+    for image, label in zip(images, labels.tolist(), strict=True):
+        found += label in sorted(range(count), key=lambda c: -float(image @ classes[c]))[:5]
+    assert accuracy(images, classes, labels).details["top5"] == pytest.approx(100 * found / 70)
+
+
+def test_recall_by_class_on_an_unbalanced_set():
+    """6 pictures of class 0 of which 3 are right, 1 of class 1 that is not, 2 of class 3 that are; none of 2."""
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 3, 3])
+    predicted = torch.tensor([0, 0, 0, 1, 2, 3, 0, 3, 3])
+    score = accuracy(torch.eye(4)[predicted], torch.eye(4), labels)
+    assert score.by_class == [50, 0, None, 100]
+    assert score.details["mean_per_class_recall"] == 50
+    assert score.score == pytest.approx(100 * 5 / 9)
+
+
 # Retrieval
 
 
-def brute_force_recall(images, texts, owner, k) -> float:
-    """Percent; counted one text and one picture at a time."""
+def brute_force_recall(images, texts, owner, k) -> tuple[float, float]:
+    """T2I and I2T, percent; counted one text and one picture at a time."""
     t2i = i2t = 0
     for text, own in zip(texts, owner, strict=True):
         ranked = sorted(range(len(images)), key=lambda i: -float(text @ images[i]))
@@ -199,42 +231,44 @@ def brute_force_recall(images, texts, owner, k) -> float:
     for number, image in enumerate(images):
         ranked = sorted(range(len(texts)), key=lambda t: -float(image @ texts[t]))
         i2t += any(owner[t] == number for t in ranked[:k])
-    return 100 * (t2i / len(texts) + i2t / len(images)) / 2
+    return 100 * t2i / len(texts), 100 * i2t / len(images)
 
 
-@pytest.mark.parametrize("k", [1, 5, 12, 50])
+def assert_recalls(score: Score, images, texts, owner) -> None:
+    assert set(score.details) == {f"{way}@{k}" for way in ("t2i", "i2t", "recall") for k in (1, 5, 10)}
+    for k in (1, 5, 10):
+        t2i, i2t = brute_force_recall(images, texts, owner.tolist(), k)
+        found = [score.details[f"{way}@{k}"] for way in ("t2i", "i2t", "recall")]
+        assert found == pytest.approx([t2i, i2t, (t2i + i2t) / 2])
+    assert (score.metric, score.score) == ("recall@5", score.details["recall@5"])
+    assert (score.n, score.by_class) == (len(images), [score.score])
+
+
+@pytest.mark.parametrize("count", [3, 7, 30])  # fewer than 5, than 10, more
 @pytest.mark.parametrize("closeness", [0.0, 0.4, 3.0])
-def test_recall_is_what_counting_gives_with_several_captions_per_picture(k, closeness):
-    rng = np.random.default_rng(k)
-    owner = np.repeat(np.arange(12), rng.integers(1, 6, 12))
-    images = F.normalize(torch.from_numpy(rng.normal(size=(12, 8))), dim=-1)
+def test_recall_is_what_counting_gives_with_several_captions_per_picture(count, closeness):
+    rng = np.random.default_rng(count)
+    owner = np.repeat(np.arange(count), rng.integers(1, 6, count))
+    images = F.normalize(torch.from_numpy(rng.normal(size=(count, 8))), dim=-1)
     texts = F.normalize(
         closeness * images[owner] + torch.from_numpy(rng.normal(size=(len(owner), 8))), dim=-1
     )
-    expected = brute_force_recall(images, texts, owner.tolist(), k)
-    score = recall(images, texts, torch.from_numpy(owner), k)
-    assert score.score == pytest.approx(expected)
-    assert (score.metric, score.n) == (f"recall@{k}", 12)
-
-
-def test_the_papers_recall_is_at_5():
-    images = torch.eye(9)
-    assert recall(images, images, torch.arange(9)).metric == "recall@5"
-    assert recall(images, images, torch.arange(9)) == recall(images, images, torch.arange(9), 5)
-    assert recall(images, images, torch.arange(9)).score == 100
+    owner = torch.from_numpy(owner)
+    assert_recalls(recall(images, texts, owner), images, texts, owner)
 
 
 def test_recall_of_a_model_that_guesses_is_chance():
     """k / N of the texts; of the pictures those with one of their 5 captions among k of 5 N."""
     generator = torch.Generator().manual_seed(0)
-    n, captions, k = 400, 5, 5
+    n, captions = 400, 5
     images, texts = (torch.randn(size, 64, generator=generator) for size in (n, n * captions))
     images, texts = F.normalize(images, dim=-1), F.normalize(texts, dim=-1)
-    score = recall(images, texts, torch.arange(n).repeat_interleave(captions), k)
-    missed = math.comb(n * captions - captions, k) / math.comb(n * captions, k)
-    expected = 100 * (k / n + 1 - missed) / 2
-    assert expected == pytest.approx(1.25, abs=0.01)
-    assert abs(score.score - expected) < 3 * score.stderr
+    score = recall(images, texts, torch.arange(n).repeat_interleave(captions))
+    for k in (1, 5, 10):
+        missed = math.comb(n * captions - captions, k) / math.comb(n * captions, k)
+        expected = 100 * (k / n + 1 - missed) / 2
+        assert abs(score.details[f"recall@{k}"] - expected) < 3 * math.sqrt(k / 5) * score.stderr
+    assert score.score < 2
 
 
 def test_a_perfect_model_retrieves_everything_it_can_tell_apart():
@@ -243,8 +277,36 @@ def test_a_perfect_model_retrieves_everything_it_can_tell_apart():
     source = Pictures([np.full((4, 4, 3), colour) for colour in COLOURS], captions=captions)
     test = TestSet("r", "evaluation", "retrieval", Samples(source, clip, 4, "r"), np.arange(8), [])
     (score,) = score_test(clip, test, [test.usable], CPU, nothing)
-    assert score.score == 100
-    assert recall(*features_of(clip, source, range(8)), k=1).score == 100
+    assert set(score.details.values()) == {100}
+    assert (score.score, score.stderr, score.by_class) == (100, 0, [100])
+
+
+def drawn_hits(rng, n: int) -> tuple:
+    """Of pictures of which some are easy, in both directions, and have more captions: t2i, i2t, owner."""
+    easy = rng.random(n) < 0.5
+    captions = np.where(easy, rng.integers(1, 8, n), 1)
+    owner = np.repeat(np.arange(n), captions)
+    t2i = rng.random(len(owner)) < np.where(easy, 0.9, 0.2)[owner]
+    i2t = rng.random(n) < np.where(easy, 0.95, 0.3)
+    return tuple(torch.from_numpy(a) for a in (t2i, i2t, owner))
+
+
+def test_the_standard_error_of_recall_is_the_spread_over_draws_of_pictures_with_their_captions():
+    rng = np.random.default_rng(0)
+    draws = [drawn_hits(rng, 200) for _ in range(3000)]
+    scores = [50 * (t2i.double().mean() + i2t.double().mean()).item() for t2i, i2t, _ in draws]
+    claimed = np.mean([recall_error(*draw) for draw in draws])
+    assert claimed == pytest.approx(np.std(scores), rel=0.04)
+    t2i, i2t, _ = draws[0]
+    alone = [p * (1 - p) / len(hits) for hits in (t2i, i2t) for p in [hits.double().mean().item()]]
+    assert claimed > 1.2 * 50 * math.sqrt(sum(alone))  # what it were if all draws were independent
+
+
+def test_the_standard_error_of_recall_with_one_caption_each():
+    """Hits that agree in both directions: the binomial one. 3 of 12."""
+    hits = torch.tensor([True] * 3 + [False] * 9)
+    error = recall_error(hits, hits, torch.arange(12))
+    assert error == pytest.approx(100 * math.sqrt(0.25 * 0.75 / 12))
 
 
 def features_of(clip: Clip, source: Pictures, numbers) -> tuple:
@@ -276,8 +338,9 @@ def test_pictures_and_captions_of_a_retrieval_subset_are_cut_together(tiny, capt
     for score, numbers in ((full, test.usable), (cut, part)):
         images, texts, owner = features_of(tiny, captioned, numbers)
         assert len(texts) > len(images)
-        assert score.score == pytest.approx(brute_force_recall(images, texts, owner.tolist(), 5))
-        assert score.n == len(numbers)
+        assert_recalls(score, images, texts, owner)
+        assert score.stderr == pytest.approx(recall(images, texts, owner).stderr)
+    assert cut.stderr > full.stderr > 0
 
 
 def test_full_and_subset_scores_of_one_pass_are_those_of_two_passes(tiny, captioned):
@@ -356,6 +419,60 @@ def test_image_features_are_those_of_the_papers_test_pipeline(tiny):
     with torch.no_grad():
         alone = tiny.model.encode_image(torch.stack([transform(source.image(i)) for i in range(5)]))
     torch.testing.assert_close(features, F.normalize(alone, dim=-1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("sides", [(16, 16), (16, 24), (20, 24)])
+def test_pictures_of_the_models_size_are_cut_and_others_resized_as_training_crops_are(tiny, sides):
+    pictures = [np.random.default_rng(i).integers(0, 256, (*sides[:: 1 - 2 * (i % 2)], 3)) for i in range(6)]
+    canvas, shapes = canvas_of(pictures)
+    boxes = torch.from_numpy(central_crops(shapes[:, 0].astype(float), shapes[:, 1].astype(float)))
+    expected = crop(canvas, boxes, 16, tiny.mean, tiny.std)
+    torch.testing.assert_close(central_images(tiny, pictures, CPU), expected, rtol=0, atol=1e-5)
+
+
+# Drift
+
+
+@pytest.fixture(scope="module")
+def pool(tiny) -> Collection:
+    """130 pictures from three sources; those at 3 and 45 cannot be read."""
+    arrays = [noise(count, seed=count) for count in (40, 60, 30)]
+    arrays[0][3] = arrays[1][5] = np.zeros((0, 0, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fomo.datasets.pixels.LIMIT", 0.1)
+        return Collection([Samples(Pictures(a, captions=[["x"]] * len(a)), tiny, 16, "pool") for a in arrays])
+
+
+def test_the_same_model_has_not_drifted_and_another_has(tiny, pool):
+    numbers = drift_sample(pool, seed=0)
+    original = drift_features(tiny, pool, numbers, CPU)
+    assert drift(original, drift_features(tiny, pool, numbers, CPU)) == pytest.approx(1, abs=1e-12)
+    other = drift_features(fomo_clip.new(CONFIG, seed=1), pool, numbers, CPU)
+    assert abs(drift(original, other)) < 0.9
+
+
+def test_drift_is_the_mean_cosine():
+    original = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.6, 0.8]])
+    now = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.8, 0.6]])
+    assert drift(original, now) == pytest.approx((1 + 0 - 1 + 0.96) / 4)
+
+
+def test_the_pictures_of_drift_are_decided_by_the_seed_and_can_be_read(pool):
+    everything = drift_sample(pool, seed=0)
+    assert everything.tolist() == [i for i in range(130) if i not in (3, 45)]
+    some = drift_sample(pool, seed=0, n=50)
+    assert 48 <= len(some) <= 50 and (np.diff(some) > 0).all() and some[-1] > 100 and some[0] < 30
+    np.testing.assert_array_equal(some, drift_sample(pool, seed=0, n=50))
+    assert set(some) != set(drift_sample(pool, seed=1, n=50))
+    assert len(drift_sample(Collection([]), seed=0)) == 0
+
+
+def test_drift_features_are_those_of_the_numbers_in_each_part(tiny, pool):
+    numbers = np.array([0, 39, 40, 99, 100, 129])
+    features = drift_features(tiny, pool, numbers, CPU)
+    for row, (part, index) in zip(features, [(0, 0), (0, 39), (1, 0), (1, 59), (2, 0), (2, 29)], strict=True):
+        alone = image_features(tiny, pool.parts[part], np.array([index]), CPU, nothing)
+        torch.testing.assert_close(row[None], alone, rtol=0, atol=1e-6)
 
 
 # Subsets
@@ -438,27 +555,71 @@ def test_ka_and_zs_are_means_over_datasets_and_gm_their_geometric_mean():
 
 def test_a_score_without_sets_is_none_rather_than_zero():
     tests, scores = scored({"a": 10.0}, "adaptation")
-    assert summarise(tests, scores) == {"ka": 10, "zs": None, "gm": None, "datasets": scores}
+    none = {"ka": None, "zs": None}
+    expected = {"ka": 10, "zs": None, "gm": None, "concept_means": none, "datasets": scores}
+    assert summarise(tests, scores) == expected
     tests, scores = scored({"a": 10.0}, "evaluation")
-    assert summarise(tests, scores) == {"ka": None, "zs": 10, "gm": None, "datasets": scores}
+    expected = {"ka": None, "zs": 10, "gm": None, "concept_means": none, "datasets": scores}
+    assert summarise(tests, scores) == expected
+
+
+def test_means_over_concepts_weigh_every_class_alike_and_a_retrieval_set_as_one(tiny, captioned):
+    """80 classes at 25 and 1 at 90 on the one side, 3 classes of which one has no picture on the other."""
+    tests, scores = scored({"a": 25.0, "r": 90.0}, "adaptation")
+    held_out, more = scored({"b": 50.0}, "evaluation")
+    scores["a"].by_class.extend([20.0, 30.0] * 40)
+    scores["r"].by_class.append(90.0)
+    more["b"].by_class.extend([100.0, None, 20.0])
+    result = summarise(tests + held_out, scores | more)
+    assert (result["ka"], result["zs"]) == (57.5, 50)
+    assert result["concept_means"] == {"ka": pytest.approx((80 * 25 + 90) / 81), "zs": 60}
+    assert as_metrics(result)["concept_means"] == result["concept_means"]
+    per_concept = concept_scores(result)
+    assert per_concept == {"a": [20.0, 30.0] * 40, "r": [90.0], "b": [100.0, None, 20.0]}
+    assert "KA 57.50  ZS 50.00" in table(result) and "KA 25.80  ZS 60.00  over concepts" in table(result)
+
+
+def test_concept_scores_are_the_accuracies_of_each_class_on_the_subset(tiny, captioned):
+    clip = stub(Seeing())
+    test = coloured(clip, [0, 1, 1, 1, 2, 2, 5, 0, 0])
+    test.samples.labels[3] = 0  # seen as 1
+    scores, _ = evaluate(clip, [test], {"colours": np.arange(8)}, CPU)
+    assert concept_scores(scores) == {
+        "colours": [pytest.approx(66.6667), 100, 100, None, None, 100, None, None]
+    }
+    assert json.loads(json.dumps(concept_scores(scores))) == concept_scores(scores)
+    retrieval = as_test(tiny, captioned, "captioned", "retrieval")
+    scores, _ = evaluate(tiny, [retrieval], {"captioned": np.arange(30)}, CPU)
+    assert concept_scores(scores) == {"captioned": [round(scores["datasets"]["captioned"].score, 4)]}
 
 
 def test_metrics_lines_and_json_have_the_promised_fields():
     tests, scores = scored({"a": 16.0}, "adaptation")
     held_out, more = scored({"b": 25.0}, "evaluation")
+    scores["a"].details["top5"], more["b"].details["top5"] = 80.0, 90.0
     result = summarise(tests + held_out, scores | more)
     line = as_metrics(result)
     assert json.loads(json.dumps(line)) == line
-    assert (line["ka"], line["gm"], line["datasets"], line["stderr"]) == (
-        16,
-        20,
-        {"a": 16, "b": 25},
-        {"a": 1.5, "b": 1.5},
-    )
-    row = {"metric": "accuracy", "score": 25, "n": 3, "stderr": 1.5}
+    assert (line["ka"], line["zs"], line["gm"]) == (16, 25, 20)
+    assert (line["datasets"], line["stderr"]) == ({"a": 16, "b": 25}, {"a": 1.5, "b": 1.5})
+    assert line["details"] == {"a": {"top5": 80}, "b": {"top5": 90}}
     document = json.loads(table(result, as_json=True))
-    assert document == {"ka": 16, "zs": 25, "gm": 20, "datasets": {"a": row | {"score": 16}, "b": row}}
-    assert "KA 16.00  ZS 25.00  GM 20.00" in table(result)
+    row = {"metric": "accuracy", "n": 3, "stderr": 1.5}
+    assert document == {
+        "ka": 16,
+        "zs": 25,
+        "gm": 20,
+        "concept_means": {"ka": None, "zs": None},
+        "datasets": {
+            "a": row | {"score": 16, "details": {"top5": 80}},
+            "b": row | {"score": 25, "details": {"top5": 90}},
+        },
+    }
+    assert table(result).splitlines() == [
+        f"{'a':30} accuracy    16.00 +- 1.50  n=3  top5 80.00",
+        f"{'b':30} accuracy    25.00 +- 1.50  n=3  top5 90.00",
+        "KA 16.00  ZS 25.00  GM 20.00",
+    ]
 
 
 def test_a_mixed_evaluation_averages_accuracy_and_recall(tiny, captioned):

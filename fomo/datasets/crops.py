@@ -50,9 +50,12 @@ def crop(canvas: Tensor, boxes: Tensor, size: int, mean: tuple, std: tuple) -> T
     short = rows @ canvas.flatten(2).float()  # (B, S, W * 3)
     short = short.view(count, size, width, 3).permute(0, 3, 1, 2).reshape(count, 3 * size, width)
     resized = (short @ columns.mT).view(count, 3, size, size).clamp_(0, 255)  # bicubic overshoots
-    shift = torch.tensor(mean, device=canvas.device).view(3, 1, 1) * 255
-    scale = torch.tensor(std, device=canvas.device).view(3, 1, 1) * 255
-    return resized.sub_(shift).div_(scale)
+    return resized.sub_(per_channel(mean, canvas.device)).div_(per_channel(std, canvas.device))
+
+
+def per_channel(values: tuple, device: torch.device) -> Tensor:
+    """(3, 1, 1) of a 0 to 255 scale, filled in on the device: a copy from the host would wait for it."""
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values]) * 255
 
 
 def resampling(start: Tensor, length: Tensor, source: int, size: int) -> Tensor:

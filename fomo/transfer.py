@@ -1,0 +1,57 @@
+"""What an update does to the concepts of other updates: forward and backward transfer, forgetting.
+
+R[i][j] is the mean accuracy over the concepts of update j after update i, in percent; R[0] is the untouched model.
+After update i, as means over updates j:
+
+    backward     over j < i:  R[i][j] - R[j][j]                    later learning helped (+) or hurt (-)
+    forgetting   over j < i:  max_{j <= l < i} R[l][j] - R[i][j]   what is lost of the best there was
+    forward      over j > i:  R[i][j] - R[0][j]                    what concepts gained that are yet to come
+
+Backward transfer is that of Lopez-Paz & Ranzato 2017 (arXiv 1706.08840, eq. 3), forgetting that of Chaudhry et al.
+2018 (arXiv 1801.10112, eq. 3). Both define them for the end of the stream, here they are there after each update.
+
+Differs: their forward transfer looks at update i + 1 alone and compares with random weights; a pretrained model
+knows something of every concept, so the untouched model is the measure, for all updates to come. Forgetting looks
+for the best from update j on: what a concept lost before it was learned is forward transfer. With
+`evaluation.every` above 1, R[j][j] is from the first evaluation at or after j, and j < i means that it came before
+the newest. Concepts without a test picture are left out, and so are updates of which no concept has one.
+"""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+Update = Sequence[tuple[str, int]]  # the (dataset, label) of its concepts
+
+
+def transfer(rows: Sequence[dict], stream: Sequence[Update]) -> dict[str, float | None]:
+    """The three after the newest of `rows` (lines of concepts.jsonl, from update 0 on); None where undefined."""
+    newest = rows[-1]["update"]
+    backward, forgetting, forward = [], [], []
+    for update, concepts in enumerate(stream, start=1):
+        now = accuracy_on(concepts, rows[-1])
+        if now is None:
+            continue
+        if update > newest:
+            forward.append(now - accuracy_on(concepts, rows[0]))
+        elif since := [row for row in rows[:-1] if row["update"] >= update]:
+            then = [accuracy_on(concepts, row) for row in since]
+            backward.append(now - then[0])
+            forgetting.append(max(then) - now)
+    return {
+        "forward": fmean(forward) if forward and newest else None,
+        "backward": fmean(backward) if backward else None,
+        "forgetting": fmean(forgetting) if forgetting else None,
+    }
+
+
+def accuracy_on(concepts: Update, row: dict) -> float | None:
+    """Mean over those that have a test picture; None if none has."""
+    found = [concept_score(row["datasets"].get(dataset, []), label) for dataset, label in concepts]
+    known = [score for score in found if score is not None]
+    return fmean(known) if known else None
+
+
+def concept_score(by_class: list[float | None], label: int) -> float | None:
+    if len(by_class) == 1:  # a retrieval set is scored as a whole, whichever of its concepts is asked for
+        return by_class[0]
+    return by_class[label] if 0 <= label < len(by_class) else None
