@@ -2,17 +2,19 @@
 
     render(plane_figure, curves) -> bytes
 
-Curves are told apart by colour, dashes and markers and are labelled where they end; the same numbers give the
-same bytes. Nothing here knows of run folders.
+Curves are told apart by colour, dashes and markers and are labelled where they end, or in a legend where they are
+many; the same numbers give the same bytes. Nothing here knows of run folders.
 
 Shapes: U updates after which the model was scored.
 """
 
 import io
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise, product
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -20,17 +22,29 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import Bbox
+
+from fomo.drawing import (
+    COLOURS,
+    LABELLED,
+    at_least,
+    count_updates,
+    label_beside,
+    label_inside,
+    legend_below,
+    line_style,
+    new_figure,
+    settle,
+    shorten,
+)
+from fomo.errors import UserError
+from fomo.files import write_atomically
+from fomo.lifetime import Lifetime
 
 SCORES = {"ka": "knowledge accumulation", "zs": "zero-shot retention", "gm": "geometric mean"}
-
-# Dark enough to be read as text on white.
-COLOURS = ["#004488", "#C2410C", "#117755", "#AA3377", "#7A6200", "#555555", "#2A78B0"]
-MARKERS = ["o", "s", "^", "D", "v", "P", "X", "p"]
-DASHES = ["-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5))]
 ROLES = {"adaptation": "#004488", "evaluation": "#DDAA33"}  # dark and light: they differ in grayscale, too
-
-WIDTH = 4.6  # inches, about a phone's width, so that 10 pt text is still readable there
+GOLD = "#E5AC00"  # of the joint upper bound's star; too light for text
+JOINT = "#7A5C00"  # of its label and line
+MISSING_GLYPH = "Glyph .* missing from font"  # emoji are boxes in a PNG, but ordinary text in an SVG
 STYLE = {
     "figure.facecolor": "white",  # an explicit card: the page behind it may be dark
     "font.family": "DejaVu Sans",  # comes with matplotlib, so every machine measures text alike
@@ -59,72 +73,110 @@ class Curve:
     mean: dict[str, np.ndarray]  # "ka", "zs", "gm" -> percent, (U,); NaN where a run has no score
     spread: dict[str, np.ndarray]  # their standard deviation over runs, (U,)
     frozen: np.ndarray | None = None  # KA of the frozen-feature baseline, (U,)
+    joint: bool = False  # the joint upper bound: everything at once; its end counts, not its way
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the runs of one recipe were trained."""
+
+    life: Lifetime
+    runs: list[list[dict]]  # lines of train.jsonl
+
+
+# --- files -----------------------------------------------------------------------------------------------
 
 
 def render(draw: Callable[[Any], Figure], what: Any, kind: str = "svg", salt: str = "") -> bytes:
     """The file of the figure `draw(what)`; the ids in SVGs with different salts differ."""
+    return save(drawn(draw, what), kind, draw.__name__ + salt)
+
+
+def drawn(draw: Callable[[Any], Figure], what: Any) -> Figure:
+    """A figure in our style with its layout settled, so that it can be saved more than once for little."""
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=MISSING_GLYPH)
+        figure = draw(what)
+        settle(figure)
+        figure.set_layout_engine("none")
+    return figure
+
+
+def save(figure: Figure, kind: str, salt: str) -> bytes:
+    """A drawn figure as a PNG or SVG file without its date."""
     undated = dict.fromkeys(["Date", "Creator", "Format", "Type"] if kind == "svg" else ["Software"])
-    style = {**STYLE, "svg.hashsalt": draw.__name__ + salt}
     buffer = io.BytesIO()
-    with matplotlib.rc_context(style), warnings.catch_warnings():
-        # Emoji and scripts that DejaVu lacks are boxes in a PNG, but ordinary text in an SVG.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        draw(what).savefig(buffer, format=kind, dpi=200, metadata=undated)
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=MISSING_GLYPH)
+        figure.savefig(buffer, format=kind, dpi=200, metadata=undated)
     return buffer.getvalue()
 
 
+def write_figure(path: Path, draw: Callable[[Any], Figure], what: Any) -> None:
+    """Draw into the file that --plot names."""
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"--plot {path}: expected a .png or .svg file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, render(draw, what, path.suffix[1:]))
+
+
+# --- scores ----------------------------------------------------------------------------------------------
+
+
 def plane_figure(curves: list[Curve]) -> Figure:
-    """The KA-ZS plane: from the untouched model (star) over one point per update to the last (large)."""
+    """The KA-ZS plane: from the untouched model (black star) over one point per update to the last (large).
+
+    The joint upper bound is a gold star; a dotted line to it is the linear trade-off of KA and ZS.
+    """
     figure, (axes,) = new_figure(height=4.4)
     axes.set(xlabel="zero-shot retention (ZS), %", ylabel="knowledge accumulation (KA), %")
     axes.margins(0.1)
-    labels, stars, drawn = [], {}, []
-    for index, curve in enumerate(curves):
+    labels, stars, obstacles, ways = [], {}, [], ways_of(curves)
+    for curve in curves:
         points = np.stack([curve.mean["zs"], curve.mean["ka"]], axis=1)  # (U, 2)
         if not np.isfinite(points).all():
             axes.set_title(f"{shorten(curve.label, 30)}: no KA or no ZS, not drawn")
             continue
-        style, last = line_style(index, len(points)), points[-1]
-        axes.plot(*points.T, **style)
-        if len(points) > 1:
-            spread = curve.spread["ka"][-1], curve.spread["zs"][-1]
-            axes.errorbar(*last, *spread, ecolor=style["color"], fmt="none")
-            axes.plot(*last, **{**style, "markersize": 8, "markeredgecolor": "white", "zorder": 4})
-            labels.append((*last, shorten(curve.label, 30), style["color"]))
         stars[tuple(points[0].round(1))] = points[0]  # curves with the same start share the star
-        drawn.append(points)
-        at_least(axes, last, span=2)
+        if curve.joint:
+            labels.append(draw_joint(axes, curve, points))
+            points = points[[0, -1]]
+        else:
+            colour = draw_way(axes, curve, points, line_style(ways[curve.label], len(points)))
+            if len(ways) <= LABELLED and len(points) > 1:
+                labels.append((*points[-1], shorten(curve.label, 30), colour))
+        obstacles.append(points)
+        at_least(axes, points[-1], span=2)
     for star in stars.values():
         axes.plot(*star, marker="*", markersize=14, color="black", markeredgecolor="white", zorder=5)
     labels += [(*star, "untouched model", "black") for star in list(stars.values())[:1]]
-    label_inside(axes, labels, drawn)
+    if len(ways) > LABELLED:
+        legend_below(axes)
+    label_inside(axes, labels, obstacles)
     return figure
 
 
-def label_inside(axes: Axes, labels: list[tuple], curves: list[np.ndarray]) -> None:
-    """Label points (x, y, text, colour) where the text covers no other label and the least of the curves."""
-    axes.figure.draw_without_rendering()  # settles the layout, so that positions in pixels are known
-    segments = [np.linspace(a, b, 12) for curve in curves for a, b in pairwise(curve)]
-    pixels = axes.transData.transform(np.concatenate([np.empty((0, 2)), *segments, *curves]))
-    around = np.array([(0, 1), (1, 0), (-1, 0), (1, 1), (-1, 1), (0, -1), (1, -1), (-1, -1)])
-    pt = axes.figure.dpi / 72  # pixels
-    taken: list[Bbox] = []
-    for x, y, text, colour in labels:
-        style = {"textcoords": "offset points", "color": colour, "ha": "center", "va": "center"}
-        note = axes.annotate(text, (x, y), (0, 0), **style)
-        point, half = axes.transData.transform((x, y)), note.get_window_extent().size / 2
-        note.remove()
-        places = []
-        for far, direction in product((8, 14, 22, 32, 44), around):
-            middle = point + direction * (far * pt + half)
-            box = Bbox([middle - half, middle + half])
-            outside = (box.min < axes.bbox.min).any() or (box.max > axes.bbox.max).any()
-            covered = ((pixels > box.min - 4) & (pixels < box.max + 4)).all(axis=1).sum()
-            places.append((outside or any(map(box.overlaps, taken)), covered, far, box, middle))
-        _, _, far, box, middle = min(places, key=lambda place: place[:3])
-        taken.append(box)
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6} if far > 14 else None
-        axes.annotate(text, (x, y), (middle - point) / pt, arrowprops=line, **style)
+def ways_of(curves: list[Curve]) -> dict[str, int]:
+    """Label -> index, which decides the colour, of the curves that are drawn update by update."""
+    return {label: i for i, label in enumerate(curve.label for curve in curves if not curve.joint)}
+
+
+def draw_way(axes: Axes, curve: Curve, points: np.ndarray, style: dict) -> str:
+    """A run's way over the plane, (U, 2), with its spread at the end; -> its colour."""
+    axes.plot(*points.T, label=shorten(curve.label, 28), **style)
+    if len(points) > 1:
+        spread = curve.spread["ka"][-1], curve.spread["zs"][-1]
+        axes.errorbar(*points[-1], *spread, ecolor=style["color"], fmt="none")
+        axes.plot(*points[-1], **{**style, "markersize": 8, "markeredgecolor": "white", "zorder": 4})
+    return style["color"]
+
+
+def draw_joint(axes: Axes, curve: Curve, points: np.ndarray) -> tuple:
+    """The gold star and the line to it; -> its label."""
+    axes.plot(*points[[0, -1]].T, color="#555555", linestyle=(0, (1, 2.5)), linewidth=1.2, zorder=1)
+    axes.errorbar(*points[-1], curve.spread["ka"][-1], curve.spread["zs"][-1], ecolor=JOINT, fmt="none")
+    axes.plot(*points[-1], marker="*", markersize=15, color=GOLD, markeredgecolor="black", zorder=5)
+    return (*points[-1], "joint upper bound", JOINT)
 
 
 def scores_figure(curves: list[Curve]) -> Figure:
@@ -134,45 +186,43 @@ def scores_figure(curves: list[Curve]) -> Figure:
     """
     known = [key for key in SCORES if any(np.isfinite(curve.mean[key]).any() for curve in curves)]
     figure, panels = new_figure(height=0.4 + 1.7 * len(known), rows=len(known), sharex=True)
+    labels, ways = [], ways_of(curves)
+    many = len(ways) > LABELLED
     for axes, key in zip(panels, known, strict=True):
         axes.set_title(f"{SCORES[key]} ({key.upper()}), %")
         axes.margins(x=0.03)
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        labels = []
-        for index, curve in enumerate(curves):
-            x, mean, spread = curve.updates, curve.mean[key], curve.spread[key]
-            style = line_style(index, len(x))
-            axes.plot(x, mean, **style)
-            axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
-            if np.isfinite(mean[-1]):
-                name = f"{shorten(curve.label, 20)} " if len(curves) > 1 else ""
-                labels.append((x[-1], mean[-1], f"{name}{mean[-1]:.1f}", style["color"]))
-                at_least(axes, np.array([x[-1], mean[-1]]), span=np.array([0, 2]))
+        ends = [draw_score(axes, curve, key, ways.get(curve.label, 0)) for curve in curves]
+        some = [] if many else [label for label in ends if np.isfinite(label[1])]
+        if len(curves) == 1:
+            some = [(x, y, text.split()[-1], colour) for x, y, text, colour in some]
         frozen = next((curve for curve in curves if curve.frozen is not None), None)
         if key == "ka" and frozen:
-            axes.plot(frozen.updates, frozen.frozen, color="#777777", linestyle=":", linewidth=1.2)
-            labels.append(
-                (frozen.updates[-1], frozen.frozen[-1], f"frozen {frozen.frozen[-1]:.1f}", "#777777")
-            )
-        label_beside(axes, labels)
+            x, y = frozen.updates, frozen.frozen
+            axes.plot(x, y, color="#777777", linestyle=":", linewidth=1.2)
+            some.append((x[-1], y[-1], f"frozen {y[-1]:.1f}", "#777777"))
+        labels.append((axes, some))
     count_updates(panels[-1])
+    if many:
+        legend_below(panels[0])
+    label_beside(figure, labels)
     return figure
 
 
-def label_beside(axes: Axes, labels: list[tuple]) -> None:
-    """Label points (x, y, text, colour) in a column at the right, moved apart where they are close."""
-    labels = sorted(labels, key=lambda label: label[1])
-    axes.figure.draw_without_rendering()
-    low, high = axes.get_ylim()
-    gap = (high - low) * 12 / (axes.bbox.height * 72 / axes.figure.dpi)  # 12 pt in units of the data
-    heights = [y for _, y, _, _ in labels]
-    for i in range(1, len(heights)):  # up from the lowest ...
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    for i in reversed(range(len(heights))):  # ... and back down, so that none rises above the panel
-        heights[i] = min(heights[i], high - gap * (len(heights) - 1 - i))
-    for (_, _, text, colour), y in zip(labels, heights, strict=True):
-        place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "va": "center"}
-        axes.annotate(text, (1, y), (2, 0), color=colour, annotation_clip=False, **place)
+def draw_score(axes: Axes, curve: Curve, key: str, index: int) -> tuple:
+    """One score of a curve over its updates; of the joint upper bound its end, as a line. -> its label."""
+    x, mean, spread = curve.updates, curve.mean[key], curve.spread[key]
+    name = re.sub(r" \(\d+ runs\)$", "", curve.label)  # the plane says how many
+    text = f"{shorten(name, 20)} {mean[-1]:.1f}"
+    if curve.joint:
+        axes.axhline(mean[-1], color=GOLD, linewidth=1.5, label=shorten(curve.label, 28))
+        return 0, mean[-1], text, JOINT
+    style = line_style(index, len(x))
+    axes.plot(x, mean, label=shorten(curve.label, 28), **style)
+    axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
+    if np.isfinite(mean[-1]):
+        at_least(axes, np.array([x[-1], mean[-1]]), span=np.array([0, 2]))
+    return x[-1], mean[-1], text, style["color"]
 
 
 def datasets_figure(changes: list[tuple[str, str, float]]) -> Figure:
@@ -197,24 +247,6 @@ def datasets_figure(changes: list[tuple[str, str, float]]) -> Figure:
     return figure
 
 
-def training_figure(runs: list[list[dict]]) -> Figure:
-    """Learning rate and loss from each run's lines of train.jsonl; a new line begins with every update."""
-    figure, panels = new_figure(height=3.4, rows=2, sharex=True)
-    for axes, (key, title) in zip(panels, {"lr": "learning rate", "loss": "loss"}.items(), strict=True):
-        axes.set_title(title)
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_formatter("{x:g}")  # 5e-06 rather than 0.000005
-        for lines in runs:
-            steps = 1 + max((line["step"] for line in lines), default=0)
-            style = {"color": COLOURS[0], "linewidth": 0.8, "alpha": len(runs) ** -0.5}
-            for update, some in groupby(lines, key=lambda line: line["update"]):
-                x, y = zip(*((line["step"] + 1, line.get(key)) for line in some), strict=True)
-                marker = "." if len(lines) <= 100 else None
-                axes.plot(update - 1 + np.array(x) / steps, np.array(y, float), marker=marker, **style)
-    count_updates(panels[-1])
-    return figure
-
-
 def sweep_figure(rows: list[dict]) -> Figure:
     """KA, ZS and GM over the values of one parameter, which is the first key of each row."""
     figure, (axes,) = new_figure(height=3.2)
@@ -232,38 +264,90 @@ def sweep_figure(rows: list[dict]) -> Figure:
             axes.plot(x, y, **style)
             labels.append((x[-1], y[-1], score.upper(), style["color"]))
     axes.set(xlabel=key, ylabel="percent")
-    label_beside(axes, labels)
+    label_beside(figure, [(axes, labels)])
     return figure
 
 
-def new_figure(height: float, rows: int = 1, **kwargs) -> tuple[Figure, np.ndarray]:
-    """A figure outside of pyplot's global state, and its axes, one above the other."""
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots(rows, squeeze=False, **kwargs)[:, 0]
+# --- training --------------------------------------------------------------------------------------------
 
 
-def count_updates(axes: Axes) -> None:
-    axes.set_xlabel("update (0: the untouched model)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+def training_figure(training: Training) -> Figure:
+    """The learning rate over the life, as planned, and each run's loss, as far as it has got."""
+    figure, (rates, losses) = new_figure(height=3.4, rows=2, sharex=True)
+    rates.set_title("learning rate")
+    draw_rates(rates, training.life, {"color": COLOURS[0]})
+    losses.set_title("loss")
+    losses.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    style = {"color": COLOURS[0], "linewidth": 0.8, "alpha": len(training.runs) ** -0.5}
+    for lines in training.runs:
+        marker = "." if len(lines) <= 100 else None
+        for update, some in groupby(lines, key=lambda line: line["update"]):  # a new line with every update
+            x, y = zip(*((line["step"] + 1, line.get("loss")) for line in some), strict=True)
+            at = update - 1 + np.array(x) / training.life.steps
+            losses.plot(at, np.array(y, float), marker=marker, **style)
+    count_updates(losses, "updates")
+    return figure
 
 
-def at_least(axes: Axes, point: np.ndarray, span: np.ndarray | float) -> None:
-    """Let the axes span some points around the point (x, y): noise shall not fill the figure."""
-    axes.update_datalim([point - span / 2, point + span / 2])
-    axes.autoscale_view()
+def schedule_figure(lives: list[Lifetime]) -> Figure:
+    """The learning rates of several recipes over the life."""
+    figure, (axes,) = new_figure(height=3.2, width=8)
+    axes.set_ylabel("learning rate")
+    for index, life in enumerate(lives):
+        style = {key: line_style(index, 1)[key] for key in ("color", "linestyle")}
+        draw_rates(axes, life, {**style, "label": shorten(life.label, 40)})
+    count_updates(axes, "updates")
+    if len(lives) > 1:
+        legend_below(axes, columns=3)
+    return figure
 
 
-def line_style(index: int, points: int) -> dict:
-    """How one of several curves looks; small markers where a hundred updates crowd."""
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": DASHES[index % len(DASHES)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "markersize": 3.5 if points <= 30 else 1.5,
-    }
+def draw_rates(axes: Axes, life: Lifetime, style: dict) -> None:
+    """A life's learning rate. Where an infinite schedule forks, the trunk goes on beside the thin branch."""
+    forks, per_update = life.schedule.meta == "infinite", np.arange(1, life.steps + 1) / life.steps
+    x = np.concatenate([update + per_update for update in range(life.updates)])
+    y = np.concatenate([life.rates(update, branch=not forks) for update in range(life.updates)])
+    axes.plot(x, y, linewidth=1.1, **style)
+    if forks:
+        start = max(life.schedule.trunk_steps(life.steps) - 1, 0)
+        for update in range(life.updates):
+            x, y = update + per_update[start:], life.rates(update)[start:]
+            axes.plot(x, y, color=style["color"], linewidth=0.8, linestyle=":")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")  # 5e-06 rather than 0.000005
 
 
-def shorten(text: str, length: int) -> str:
-    """One line of at most `length` characters; the middle goes, since names often differ at the end."""
-    text = " ".join(text.split())
-    return text if len(text) <= length else f"{text[: length - length // 3 - 1]}…{text[-(length // 3) :]}"
+# --- data and work ---------------------------------------------------------------------------------------
+
+
+def stream_figure(stream: Sequence[Mapping[str, int]]) -> Figure:
+    """Which dataset feeds which update: the share of each update's concepts. stream: dataset -> concepts."""
+    sets = list(dict.fromkeys(name for chunk in stream for name in chunk))
+    shares = np.array([[chunk.get(name, 0) / sum(chunk.values()) for chunk in stream] for name in sets])
+    figure, (axes,) = new_figure(height=1.2 + 0.17 * len(sets))
+    axes.set_title("% of an update's concepts")
+    shown = np.ma.masked_equal(100 * shares, 0)
+    # As one picture: a hundred updates of forty datasets would be thousands of rectangles.
+    extent = (0.5, len(stream) + 0.5, len(sets) - 0.5, -0.5)
+    style = {"cmap": "viridis_r", "vmin": 0, "aspect": "auto", "interpolation": "none"}
+    mesh = axes.imshow(shown, extent=extent, **style)
+    axes.set_yticks(range(len(sets)), [shorten(name, 24) for name in sets], fontsize=8)
+    count_updates(axes, "update")
+    axes.grid(False)
+    figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02)
+    return figure
+
+
+def budget_figure(spent: tuple[str, Sequence[int], np.ndarray]) -> Figure:
+    """What each update spent of what it was allowed: (unit, updates, percent)."""
+    unit, updates, shares = spent
+    figure, (axes,) = new_figure(height=2.0)
+    axes.set_title(f"{unit}, % of what an update may spend")
+    axes.bar(updates, shares, color=COLOURS[0], width=0.7)
+    axes.axhline(100, color="black", linewidth=1, linestyle="--")
+    axes.set_ylim(0, max(115, 1.1 * shares.max()))
+    axes.grid(axis="x", visible=False)
+    count_updates(axes, "update")
+    return figure

@@ -1,18 +1,17 @@
-"""Reports: what runs learned and what they kept, as one HTML page and one picture.
+"""Reports: what runs learned and what they kept, as one HTML page, and as files for slides and spreadsheets.
 
-    read_run(folder) -> Record -> group_runs -> Group -> tables, and figures.py -> report.html, plane.png
+    read_run(folder) -> group_runs -> Group -> Plot, Table -> FILE.html, plane.png; FILE_files/*.png, .svg, .csv
 
-Runs of one recipe that differ only in the seed form a group, drawn as one curve: their mean, with the sample
-standard deviation as spread. Runs may be unfinished: what is there is shown. The page embeds its figures as
-SVG and fetches nothing; the same input gives the same bytes.
+Runs of one recipe that differ only in the seed are drawn as one curve: their mean, with the sample standard
+deviation as spread. The page embeds its figures as SVG and fetches nothing; the same input gives the same bytes.
 
 Shapes: R runs of a group, U updates that all of them have reached.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,25 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fomo.errors import UserError
-from fomo.fields import read_yaml
 from fomo.figures import (
     SCORES,
-    Curve,
+    Training,
+    budget_figure,
     datasets_figure,
+    drawn,
     plane_figure,
     render,
+    save,
     scores_figure,
+    stream_figure,
     training_figure,
 )
 from fomo.files import write_atomically
+from fomo.reading import Group, group_runs, read_run
+from fomo.tables import Columns, Values, as_csv, number, table
 
 SCORED = "the test samples scored during the run"  # a subset, unless the recipe or small sets say otherwise
 COSTS = {  # name in metrics.jsonl -> (title, unit, format)
-    "drift": ("drift", 1, ".3f"),
     "steps": ("steps", 1, ",.0f"),
     "samples": ("samples", 1, ",.0f"),
     "gflops": ("GFLOPs", 1, ",.0f"),
@@ -43,7 +46,14 @@ COSTS = {  # name in metrics.jsonl -> (title, unit, format)
     "seconds": ("seconds", 1, ",.0f"),
     "peak_memory": ("peak GiB", 2**30, ".2f"),
 }
-UNKNOWN = "n/a"
+SUMMARY = (
+    "Percent after the last update, and the change from the untouched model; mean ± standard deviation over "
+    "runs. On whole test sets where both ends were scored on them, else on the subset scored during the run."
+)
+TRANSFER = (
+    "Forward: what concepts not yet taught gained; backward: how those taught have changed since; forgetting: "
+    "their loss against their best. Drift: mean cosine between an image's features now and at first (1: none)."
+)
 
 CSS = """
 body { margin: 0; background: #F3F3F0; color: #222; font: 16px/1.45 system-ui, sans-serif; }
@@ -71,163 +81,80 @@ PAGE = """<!doctype html>
 </main></body></html>
 """
 
-
-# --- reading ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Record:
-    """What a run folder says, as far as the run has got."""
-
-    name: str
-    recipe: dict
-    recipe_text: str
-    evaluations: dict[int, dict]  # update -> its line of metrics.jsonl; update 0 is the untouched model
-    training: list[dict]  # lines of train.jsonl
-
-
-def read_run(folder: Path) -> Record:
-    """Read what a report needs of a run folder."""
-    folder = Path(folder)
-    lines = read_lines(folder / "metrics.jsonl")
-    if not lines:
-        raise UserError(f"{folder / 'metrics.jsonl'}: empty, the run has not been evaluated yet")
-    training = folder / "train.jsonl"
-    return Record(
-        name=folder.resolve().name,  # resolved, because the name of "." is empty
-        recipe=read_yaml(folder / "recipe.yaml"),
-        recipe_text=read_text(folder / "recipe.yaml"),
-        evaluations={line["update"]: line for line in lines},
-        training=read_lines(training) if training.exists() else [],
-    )
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Parse a file of JSON lines; a last line that is still being written is left out."""
-    lines = read_text(path).splitlines()
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            parsed.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON: {error}") from None
-    return parsed
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected the folder of a run") from None
-
-
-# --- runs that differ only in the seed -------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs of one recipe that differ only in the seed."""
-
-    label: str
-    records: list[Record]
-
-    @property
-    def updates(self) -> list[int]:
-        """The updates that every run has reached: a mean over changing runs would jump."""
-        return sorted(set.intersection(*(set(record.evaluations) for record in self.records)))
-
-    @property
-    def lines(self) -> list[list[dict]]:
-        """The evaluations after these updates, (R, U)."""
-        return [[record.evaluations[update] for update in self.updates] for record in self.records]
-
-    def values(self, key: str) -> np.ndarray:
-        """One score or cost over the updates, (R, U); NaN where a run does not have it."""
-        return np.array([[line.get(key) for line in of_run] for of_run in self.lines], dtype=float)
-
-    def curve(self) -> Curve:
-        values = {key: self.values(key) for key in SCORES}
-        return Curve(
-            label=self.label,
-            updates=self.updates,
-            mean={key: scores.mean(axis=0) for key, scores in values.items()},
-            spread={key: deviation(scores) for key, scores in values.items()},
-            frozen=self.frozen(),
-        )
-
-    def frozen(self) -> np.ndarray | None:
-        """KA of the frozen baseline at each of the group's updates, mean over runs."""
-        known = [of_run[0].get("frozen") for of_run in self.lines]
-        if not all(known):
-            return None
-        return np.array([[of_run[update] for update in self.updates] for of_run in known]).mean(axis=0)
-
-    @property
-    def whole(self) -> bool:
-        """Whether the first and the last scores exist for the whole test sets, beside the subset's."""
-        return all(of_run[i].get("full") for of_run in self.lines for i in (0, -1))
-
-    def ends(self, key: str, dataset: str | None = None) -> np.ndarray:
-        """The first and the last value of each run, (R, 2); under some keys there is one for each dataset."""
-        pairs = [[of_run[0], of_run[-1]] for of_run in self.lines]
-        if self.whole:
-            pairs = [[line["full"] for line in pair] for pair in pairs]
-        found = [[line.get(key) for line in pair] for pair in pairs]
-        if dataset is not None:
-            found = [[(values or {}).get(dataset) for values in pair] for pair in found]
-        return np.array(found, dtype=float)
-
-    def datasets(self) -> list[tuple[str, str, np.ndarray]]:
-        """(name, role, scores before and after (R, 2)), from the largest gain to the largest loss."""
-        roles = self.records[0].evaluations[0]["roles"]
-        rows = [(name, role, self.ends("datasets", name)) for name, role in roles.items()]
-        return sorted(rows, key=lambda row: -np.diff(row[2]).mean())
-
-
-def group_runs(records: Iterable[Record]) -> list[Group]:
-    """Group runs by their recipe without the seed, in order of appearance."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        recipe = {**record.recipe, "seed": None}
-        groups.setdefault(json.dumps(recipe, sort_keys=True, default=str), []).append(record)
-    labels = [group_label([record.name for record in members]) for members in groups.values()]
-    if len(set(labels)) < len(labels):  # other recipes in folders of the same name
-        labels = [f"{label} #{i}" for i, label in enumerate(labels, start=1)]
-    return [Group(label, members) for label, members in zip(labels, groups.values(), strict=True)]
-
-
-def group_label(names: list[str]) -> str:
-    """merge-s0, merge-s1, merge-s2 -> merge (3 runs)."""
-    if len(names) == 1:
-        return names[0]
-    stems = {re.sub(r"[-_. ]+(seed|s)?[-_. ]*\d+$", "", name) for name in names}
-    return f"{stems.pop() if len(stems) == 1 else names[0]} ({len(names)} runs)"
-
-
-def deviation(values: np.ndarray) -> np.ndarray:
-    """Sample standard deviation over runs, (R, ...) -> (...); a single run has no spread."""
-    return values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
-
-
 # --- the page --------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its place on the page and its files."""
+
+    name: str  # of its files; unique on the page
+    title: str
+    draw: Callable[[Any], Figure]
+    what: Any
+    note: str = ""
+
+    @cached_property
+    def figure(self) -> Figure:
+        return drawn(self.draw, self.what)
+
+    @cached_property
+    def svg(self) -> bytes:
+        return save(self.figure, "svg", self.name)
+
+    @cached_property
+    def png(self) -> bytes:
+        return save(self.figure, "png", self.name)
+
+    def html(self) -> str:
+        return card(self.title, inline(self.svg), self.note)
+
+    def files(self) -> dict[str, bytes]:
+        return {f"{self.name}.svg": self.svg, f"{self.name}.png": self.png}
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    columns: Columns
+    note: str = ""
+
+    def html(self) -> str:
+        return card(self.title, table(self.columns), self.note)
+
+    def files(self) -> dict[str, bytes]:
+        return {f"{self.name}.csv": as_csv(self.columns).encode()}
+
+
 def write_report(folders: list[Path], out: Path | None = None) -> Path:
-    """Write the report of the runs, and plane.png beside it; return the report's path."""
+    """Write the report of the runs, and plane.png beside it; return the report's path.
+
+    With `out`, its figures and tables are files in a folder beside it, too.
+    """
     once = {Path(folder).resolve(): folder for folder in folders}  # a run named twice would hide the spread
     groups = group_runs([read_run(folder) for folder in once.values()])
-    curves = [group.curve() for group in groups]
-    note = f"One point per update, on {SCORED}."
-    overview = card("Learned (up) against kept (right)", picture(plane_figure, curves), note)
-    overview += card("Scores over updates", picture(scores_figure, curves), note)
-    body = [headline(group) for group in groups] + [f'<div class="grid">{overview}</div>']
-    body += [details(group) for group in groups]
+    overview = compare(groups)
+    body, files = [grid(overview)], [*overview]
+    if len(groups) == 1:
+        body.insert(0, headline(groups[0]))
+    else:
+        files.append(Table("summary", "Before and after", summary_table(groups), SUMMARY))
+        body.insert(0, files[-1].html())
+    for i, group in enumerate(groups, 1):
+        slug = re.sub("[^0-9A-Za-z]+", "-", group.label).strip("-")
+        prefix = f"{i}-{slug}-" if len(groups) > 1 else ""
+        plots, tables = plots_of(group, prefix), tables_of(group, prefix)
+        body += [grid(plots), *(part.html() for part in tables), recipe_of(group)]
+        files += [*plots, *tables]
     title = escape(", ".join(group.label for group in groups))
-    out = Path(out) if out else Path(folders[0]) / "report.html"
-    write(out, PAGE.format(css=CSS, title=title, body="\n".join(body)).encode())
-    write(out.with_name("plane.png"), render(plane_figure, curves, "png"))
-    return out
+    page = Path(out) if out else Path(folders[0]) / "report.html"
+    write(page, PAGE.format(css=CSS, title=title, body="\n".join(body)).encode())
+    write(page.with_name("plane.png"), overview[0].png)
+    for part in files if out else []:
+        for name, content in part.files().items():
+            write(page.with_name(f"{page.stem}_files") / name, content)
+    return page
 
 
 def write(path: Path, content: bytes) -> None:
@@ -238,6 +165,51 @@ def write(path: Path, content: bytes) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def compare(groups: list[Group]) -> list[Plot]:
+    """All groups in one plane, and their scores. One that learned all at once bounds those that did not."""
+    several = any(group.planned > 1 for group in groups)
+    curves = [group.curve(joint=several and group.planned == group.updates[-1] == 1) for group in groups]
+    note = f"One point per update, on {SCORED}."
+    return [
+        Plot("plane", "Learned (up) against kept (right)", plane_figure, curves, note),
+        Plot("scores", "Scores over updates", scores_figure, curves, note),
+    ]
+
+
+def plots_of(group: Group, prefix: str) -> list[Plot]:
+    """One recipe's datasets, training, stream and budget, as far as the runs say them."""
+    first, found = group.records[0], []
+    if len(group.updates) > 1:
+        changes = [(name, role, np.diff(scores).mean()) for name, role, scores in group.datasets()]
+        found.append(("changes", "change per dataset", datasets_figure, changes, before_and_after(group)))
+    runs = [record.training for record in group.records if record.training]
+    if runs:
+        training = Training(group.lifetime(), runs)
+        found.append(("training", "learning rate and loss", training_figure, training))
+    if stream := first.first.get("stream"):
+        note = f"The order of {first.name}." if len(group.records) > 1 else ""
+        found.append(("stream", "which dataset feeds which update", stream_figure, stream, note))
+    if spent := group.spent():
+        found.append(("budget", "what each update spent", budget_figure, spent))
+    return [Plot(prefix + name, f"{group.label}: {title}", *rest) for name, title, *rest in found]
+
+
+def tables_of(group: Group, prefix: str) -> list[Table]:
+    scored, note = f"Percent, on {SCORED}.", before_and_after(group)
+    found = [
+        ("updates", "updates", updates_table(group), scored),
+        ("transfer", "transfer and drift", transfer_table(group), f"{scored} {TRANSFER}"),
+        ("costs", "spent so far", costs_table(group), ""),
+        ("datasets", "datasets", datasets_table(group), note),
+        ("measures", "datasets, further measures", measures_table(group), note),
+    ]
+    return [
+        Table(prefix + name, f"{group.label}: {title}", columns, note)
+        for name, title, columns, note in found
+        if any(isinstance(column, Values) and column.known for column in columns.values())
+    ]
+
+
 def headline(group: Group) -> str:
     """KA, ZS and GM before and after, and how far the run has got."""
     tiles = ""
@@ -245,7 +217,7 @@ def headline(group: Group) -> str:
         before, after = group.ends(key).T
         tile = f"<b>{number(before)} → {number(after)}</b>{number(after - before, '+.1f')}"
         tiles += f"<div>{title} ({key.upper()}){tile}</div>"
-    done, planned = group.updates[-1], group.records[0].recipe["stream"]["updates"]
+    done, planned = group.updates[-1], group.planned
     progress = f"after {done} of {planned} updates" + ("" if done == planned else ", unfinished")
     note = f"Percent on {test_sets(group)}, {progress}."
     if len(group.records) > 1:
@@ -253,68 +225,87 @@ def headline(group: Group) -> str:
     return card(group.label, f'<div class="tiles">{tiles}</div>', note)
 
 
-def details(group: Group) -> str:
-    """What concerns one recipe: its datasets, its training, the tables, the recipe itself."""
-    label, first = group.label, group.records[0]
-    note = f"From the untouched model to the last update, percent, on {test_sets(group)}."
-    pictures = ""
-    if len(group.updates) > 1:
-        changes = [(name, role, np.diff(scores).mean()) for name, role, scores in group.datasets()]
-        pictures += card(f"{label}: change per dataset", picture(datasets_figure, changes, salt=label), note)
-    training = [record.training for record in group.records if record.training]
-    if training:
-        pictures += card(f"{label}: learning rate and loss", picture(training_figure, training, salt=label))
-    tables = card(f"{label}: updates", updates_table(group), f"Percent, on {SCORED}.")
-    tables += card(f"{label}: datasets", datasets_table(group), note)
-    recipe = f"<summary>{escape(label)}: recipe</summary><pre>{escape(first.recipe_text)}</pre>"
-    return f'<div class="grid">{pictures}</div>{tables}<details class="card">{recipe}</details>'
+def summary_table(groups: list[Group]) -> Columns:
+    """A row per recipe."""
+    columns: dict[str, Any] = {"recipe": [group.label for group in groups]}
+    for key in SCORES:
+        ends = [group.ends(key) for group in groups]
+        columns[key.upper()] = Values([of_runs[:, 1] for of_runs in ends])
+        columns[f"change of {key.upper()}"] = Values(
+            [of_runs[:, 1] - of_runs[:, 0] for of_runs in ends], "+.1f"
+        )
+    columns["updates"] = [f"{group.updates[-1]} of {group.planned}" for group in groups]
+    columns["test sets"] = ["whole" if group.whole else "subset" for group in groups]
+    return columns
+
+
+def recipe_of(group: Group) -> str:
+    names = ", ".join(record.name for record in group.records)
+    text = escape(group.records[0].recipe_text)
+    summary = f"<summary>{escape(group.label)}: recipe of {escape(names)}</summary>"
+    return f'<details class="card">{summary}<pre>{text}</pre></details>'
 
 
 def test_sets(group: Group) -> str:
     return "the whole test sets" if group.whole else SCORED
 
 
-def updates_table(group: Group) -> str:
-    """A row per update: the scores, and what they cost, as a mean without its spread."""
-    columns = {"update": [str(update) for update in group.updates]}
-    for key in SCORES:
-        columns[key.upper()] = [number(of_runs) for of_runs in group.values(key).T]
+def before_and_after(group: Group) -> str:
+    return f"From the untouched model to the last update, percent, on {test_sets(group)}."
+
+
+def updates_table(group: Group) -> Columns:
+    """A row per update: means over datasets, and over concepts (where a set of many classes weighs more)."""
+    means = {key.upper(): Values(group.values(key).T) for key in SCORES}
+    by_concept = {
+        f"{key.upper()} by concept": Values(group.values("concept_means", key).T) for key in ("ka", "zs")
+    }
+    return {"update": [str(update) for update in group.updates], **means, **by_concept}
+
+
+def transfer_table(group: Group) -> Columns:
+    """A row per update: what the updates did to what was taught before and after them."""
+    kinds = {kind: Values(group.values("transfer", kind).T, "+.1f") for kind in ("forward", "backward")}
+    return {
+        "update": [str(update) for update in group.updates],
+        **kinds,
+        "forgetting": Values(group.values("transfer", "forgetting").T),
+        "drift": Values(group.values("drift").T, ".3f"),
+    }
+
+
+def costs_table(group: Group) -> Columns:
+    """A row per update: what the life has cost, and what it might have; of several runs the mean."""
+    columns: dict[str, Any] = {"update": [str(update) for update in group.updates]}
     for key, (title, unit, form) in COSTS.items():
-        columns[title] = [number(of_runs.mean() / unit, form) for of_runs in group.values(key).T]
-    return table(columns)
+        allowed = group.allowed(key) * group.updates
+        columns[title] = Values(group.values(key).mean(axis=0)[:, None] / unit, form)
+        columns[f"{title} allowed"] = Values(allowed.mean(axis=0)[:, None], form)
+    return columns
 
 
-def datasets_table(group: Group) -> str:
+def datasets_table(group: Group) -> Columns:
     """A row per dataset; the standard error is that of sampling test pictures, which a seed does not change."""
     names, roles, scores = zip(*group.datasets(), strict=True)
-    stderr = [group.ends("stderr", name)[:, 1].mean() for name in names]
-    columns = {
+    both = np.stack(scores)  # (datasets, R, 2)
+    stderr = np.array([[group.ends("stderr", name)[:, 1].mean()] for name in names])
+    return {
         "dataset": names,
         "role": roles,
-        "before": [number(of_runs[:, 0]) for of_runs in scores],
-        "after": [number(of_runs[:, 1]) for of_runs in scores],
-        "stderr of after": [number(error) for error in stderr],
-        "change": [number(np.diff(of_runs)[:, 0], "+.1f") for of_runs in scores],
+        "before": Values(both[..., 0]),
+        "after": Values(both[..., 1]),
+        "stderr of after": Values(stderr),
+        "change": Values(both[..., 1] - both[..., 0], "+.1f"),
     }
-    return table(columns)
 
 
-def number(of_runs: np.ndarray | float, form: str = ".1f") -> str:
-    """The mean over runs (R,), with the spread if there are several; n/a where a run has no value."""
-    values = np.atleast_1d(of_runs)
-    if not np.isfinite(values).all():
-        return UNKNOWN
-    text = f"{values.mean():{form}}"
-    return f"{text} ± {deviation(values):{form.lstrip('+')}}" if len(values) > 1 else text
-
-
-def table(columns: dict[str, Sequence[str]]) -> str:
-    """Columns under their titles, without those of which nothing is known."""
-    known = {title: cells for title, cells in columns.items() if set(cells) != {UNKNOWN}}
-    head = "".join(f"<th>{escape(title)}</th>" for title in known)
-    rows = zip(*known.values(), strict=True)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'
+def measures_table(group: Group) -> Columns:
+    """A row per dataset: what else was measured after the last update; datasets differ in what that is."""
+    names = [name for name, _, _ in group.datasets()]
+    details = group.lines[0][-1].get("details") or {}
+    measures = dict.fromkeys(measure for name in names for measure in details.get(name, {}))
+    after = {m: [group.ends("details", name, m)[:, 1] for name in names] for m in measures}
+    return {"dataset": names, **{m.replace("_", " "): Values(np.array(rows)) for m, rows in after.items()}}
 
 
 def card(title: str, content: str, note: str = "") -> str:
@@ -323,7 +314,17 @@ def card(title: str, content: str, note: str = "") -> str:
     return f'<section class="card"><h2>{escape(title)}</h2>\n{content}{note}</section>\n'
 
 
+def grid(plots: list[Plot]) -> str:
+    """Beside each other where the screen is wide enough."""
+    return f'<div class="grid">{"".join(plot.html() for plot in plots)}</div>'
+
+
 def picture(draw: Callable[[Any], Figure], what: Any, salt: str = "") -> str:
-    """A figure as inline SVG, without the XML header, which HTML does not have."""
-    svg = render(draw, what, "svg", salt).decode()
-    return re.sub('<g id="[^"]*">', "<g>", svg[svg.index("<svg") :])  # ids of groups repeat in each figure
+    """A figure as part of the page."""
+    return inline(render(draw, what, "svg", salt))
+
+
+def inline(svg: bytes) -> str:
+    """An SVG file without the XML header, which HTML does not have, and without ids that repeat in each figure."""
+    text = svg.decode()
+    return re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", text[text.index("<svg") :])

@@ -170,30 +170,12 @@ def summary(stream: list[list[Concept]], sizes: dict[tuple[str, int], int]) -> s
 
 
 def plot(stream: list[list[Concept]], path: Path) -> None:
-    """Which dataset feeds which update: the share of each update's concepts, as an image file."""
-    from fomo.figures import render
-    from fomo.files import write_atomically
+    """Which dataset feeds which update, as an image file."""
+    from fomo.figures import stream_figure, write_figure  # brings matplotlib, which training does not need
 
-    kind = path.suffix.lstrip(".") or "png"
-    if kind not in ("png", "svg"):
-        raise UserError(f"--plot {path}: expected a .png or .svg file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, render(stream_figure, stream, kind))
+    write_figure(path, stream_figure, composition(stream))
 
 
-def stream_figure(stream: list[list[Concept]]):
-    from matplotlib.figure import Figure
-
-    sets = list(dict.fromkeys(c.dataset for chunk in stream for c in chunk))
-    shares = np.array([[sum(c.dataset == s for c in chunk) / len(chunk) for chunk in stream] for s in sets])
-    figure = Figure(figsize=(max(5.0, 2.4 + 0.22 * len(stream)), 1.4 + 0.2 * len(sets)), layout="constrained")
-    axes = figure.subplots()
-    edges = np.arange(len(stream) + 1) + 0.5
-    shown = np.ma.masked_equal(100 * shares, 0)
-    mesh = axes.pcolormesh(edges, np.arange(len(sets) + 1) - 0.5, shown, cmap="viridis_r", vmin=0)
-    axes.set_yticks(range(len(sets)), sets, fontsize=8)
-    axes.set(xlabel="update", title="Which dataset feeds which update", ylim=(len(sets) - 0.5, -0.5))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(False)
-    figure.colorbar(mesh, ax=axes, label="% of the update's concepts", shrink=min(1.0, 8 / len(sets) + 0.3))
-    return figure
+def composition(stream: list[list[Concept]]) -> list[dict[str, int]]:
+    """How many concepts each dataset gives to each update."""
+    return [dict(Counter(concept.dataset for concept in chunk)) for chunk in stream]
