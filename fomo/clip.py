@@ -180,7 +180,10 @@ def load(name: str | None, pretrained: str | None) -> Clip:
 def new(config: dict, seed: int) -> Clip:
     """A model with random weights from open_clip's model_cfg, the same for the same seed."""
     torch.manual_seed(seed)
-    model = open_clip.CLIP(**config)
+    try:
+        model = open_clip.CLIP(**config)
+    except (*NOT_TENSORS, TypeError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(f"model.config: open_clip makes no CLIP of it: {one_line(error)}") from None
     open_clip.model.set_model_preprocess_cfg(model, asdict(PreprocessCfg()))
     tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
     return finish(model, {"model_cfg": config}, tokenizer)

@@ -5,8 +5,12 @@ class UserError(ValueError):
     """A mistake in the arguments, the recipe or the data.
 
     The message is one line that names the file or field, what was found and what is accepted;
-    the command line prints it without a traceback and exits with status 2.
+    the command line prints it without a traceback and exits with status 2. It often quotes names and values
+    from elsewhere: what would break the line, or steer a terminal, is shown escaped.
     """
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
 
 
 class FieldError(UserError):

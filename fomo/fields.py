@@ -15,7 +15,11 @@ from typing import Any
 
 import yaml
 
-from fomo.errors import FieldError, UserError
+from fomo.errors import FieldError, UserError, one_line
+
+# What PyYAML's safe loader raises: on `2024-13-01`, `!!int x`, `!!bool x`, a thousand brackets.
+NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError, OverflowError)
+VALUES = 1_000_000  # of a file, its aliases written out
 
 
 def one_of(name: str, value: str, accepted: tuple) -> None:
@@ -98,18 +102,43 @@ def read_yaml(path: Path) -> dict:
     """A YAML file of named fields; one clear line for everything that can be wrong with it."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if endless(values):
+            raise yaml.YAMLError(f"its aliases stand for more than {VALUES:,} values")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except NOT_YAML as error:
+        raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected named fields at the top, got {type(values).__name__}")
     return values
 
 
+def sections(cls, values: dict, origin: str | Path) -> dict:
+    """`values` as they are, if every section of the dataclass `cls` that they have holds named fields."""
+    for field in dataclasses.fields(cls):
+        section = dataclasses.is_dataclass(field.type)
+        if section and not isinstance(values.get(field.name, {}), dict):
+            found = f"expected named fields, got {values[field.name]!r}"
+            raise UserError(f"{origin}: {field.name}: {found}")
+    return values
+
+
+def endless(values: Any) -> bool:
+    """Whether aliases (`*name`) make a few lines stand for far more than anybody wrote, or for themselves."""
+    waiting, seen = [values], 0
+    while waiting and seen <= VALUES:
+        value = waiting.pop()
+        seen += 1
+        if isinstance(value, (dict, list)):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return seen > VALUES
+
+
 def locate(path: str, beside: Path) -> str:
     """Expand variables; a relative path is relative to the file that says it."""
+    if "\0" in path:
+        raise UserError(f"{beside}: {path!r} is no path, a null character stands in it")
     expanded = os.path.expanduser(os.path.expandvars(path))
     return str((beside.parent / expanded).resolve())

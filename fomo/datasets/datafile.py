@@ -4,6 +4,7 @@ cache: auto              # or always, never: how pixels are kept, see pixels.ope
 pretraining: [{source: webdataset, path: "cc3m/{0000..0019}.tar", weight: 2, limit: 100_000}]
 adaptation:
   flowers: {source: webdataset, train: flowers/train.tar, test: flowers/test.tar, prompt: "a photo of a {}."}
+  shop: {source: folder, train: shop, holdout: 0.1}  # a tenth of every class is the test split
 evaluation:
   mnist: {source: torchvision, name: MNIST, root: mnist}
 """
@@ -16,13 +17,14 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from fomo.datasets.catalogue import with_catalogue
 from fomo.datasets.clip_benchmark import ClipBenchmark
 from fomo.datasets.folders import Folder
 from fomo.datasets.fomo_in_flux import FomoInFlux
-from fomo.datasets.sources import Part, Source
+from fomo.datasets.sources import Part, Source, at_most, held_out
 from fomo.datasets.tables import Table, Tsv
 from fomo.datasets.torchvision import Torchvision
 from fomo.datasets.webdataset import Webdataset
@@ -42,7 +44,7 @@ SOURCES: dict[str, type[Source]] = {
 }
 PATHS = ("path", "root", "info", "classes_file")  # places: variables expand, relative to the data file
 SAID = ("source", "train", "test", "prompt", "task", "dataset", "year")  # of any entry
-POOL = ("weight", "limit")  # of an entry of the pretraining pool
+OF_ROLE = {"pretraining": ("weight", "limit"), "adaptation": ("holdout",), "evaluation": ()}
 CACHE = ("auto", "always", "never")  # see pixels.open_pixels
 SPLITS = {"pretraining": ("train",), "adaptation": ("train", "test"), "evaluation": ("test",)}  # needs one of
 TASKS = ("classification", "retrieval")
@@ -69,25 +71,42 @@ class Entry:
 
     def has(self, split: str) -> bool:
         field = SOURCES[self.spec["source"]].split_field
+        if split == "test" and "holdout" in self.spec:
+            return True
         return field == "split" or field in self.spec or split in self.spec
 
     def open(self, split: str) -> Source | None:
         """The split "train" or "test", None if the data file has no such split."""
         if not self.has(split):
             return None
+        if "holdout" in self.spec:
+            return self.open_part(split)
         source = self.open_alone(split)
         other = {"train": "test", "test": "train"}[split]
         if type(source).agree is not Source.agree and other in self.spec and split in self.spec:
             both = {split: source, other: self.open_alone(other)}
             source.agree([both["train"], both["test"]])
+        self.say_notes(source, split)
+        return source
+
+    def open_part(self, split: str) -> Source:
+        """What `holdout` takes from the training pictures for testing, or what it leaves of them."""
+        whole = self.open_alone("train")
+        self.say_notes(whole, "train")
+        test = held_out(whole, float(self.spec["holdout"]))
+        if not test.any():
+            problem = "no class has two pictures, so none can be held out for testing"
+            raise UserError(f"{self.file}: {self.where}.holdout: {problem}")
+        return Part(whole, np.flatnonzero(test if split == "test" else ~test))
+
+    def say_notes(self, source: Source, split: str) -> None:
         for note in source.notes:
             say_once(f"{self.where} ({split}): {note}")
-        return source
 
     def open_alone(self, split: str) -> Source:
         """One split, with the class names that are found in it alone."""
         cls = SOURCES[self.spec["source"]]
-        fields = {k: v for k, v in self.spec.items() if k not in (*SAID, *POOL)}
+        fields = {k: v for k, v in self.spec.items() if k not in (*SAID, *OF_ROLE[self.role])}
         if split in self.spec:
             fields[cls.split_field] = self.spec[split]
         if "split" in inspect.signature(cls).parameters:
@@ -169,8 +188,7 @@ def check(entry: Entry) -> None:
     one_of(f"{where}.task", entry.task, TASKS)
     cls = SOURCES[spec["source"]]
     fields = inspect.signature(cls).parameters
-    pool = POOL if entry.role == "pretraining" else ()
-    refuse_unknown(spec, (*SAID, *pool, *fields), where)
+    refuse_unknown(spec, (*SAID, *OF_ROLE[entry.role], *fields), where)
     for prompt in prompts_of(spec):
         if "{}" not in str(prompt):
             raise FieldError(f"{where}.prompt", f"{prompt!r} has no {{}} for the class name")
@@ -181,10 +199,23 @@ def check(entry: Entry) -> None:
         raise FieldError(f"{where}.weight", f"must be positive, got {spec['weight']}")
     if "limit" in spec:
         at_least(f"{where}.limit", convert(spec["limit"], int, f"{where}.limit"), 1)
+    if "holdout" in spec:
+        check_holdout(entry)
     needed = SPLITS[entry.role]
     if not any(entry.has(split) for split in needed):
         field = cls.split_field if entry.role == "pretraining" else " or ".join(needed)
         raise FieldError(f"{where}.{field}", "missing, and it has no default")
+
+
+def check_holdout(entry: Entry) -> None:
+    field = f"{entry.where}.holdout"
+    share = convert(entry.spec["holdout"], float, field)
+    if not 0 < share < 1:
+        raise FieldError(field, f"a share between 0 and 1, got {share:g}")
+    if "test" in entry.spec:
+        raise FieldError(field, "takes the test pictures from train, but test is given too")
+    if not entry.has("train"):
+        raise FieldError(f"{entry.where}.train", "missing, and holdout takes the test pictures from it")
 
 
 def prompts_of(spec: dict) -> tuple[str, ...]:
@@ -200,9 +231,8 @@ def opened(cls: type[Source], fields: dict, entry: Entry) -> Source:
         elif isinstance(fields.get(key), list):
             fields[key] = [place(path, entry) if isinstance(path, str) else path for path in fields[key]]
     source = build(cls, fields, entry.where)
-    limit = entry.spec.get("limit")
-    if limit is not None and int(limit) < len(source):
-        source = Part(source, int(limit))
+    if entry.spec.get("limit") is not None:
+        source = at_most(source, int(entry.spec["limit"]))
     source.prompts = prompts_of(entry.spec) or source.prompts
     source.weight, source.cache = float(entry.spec.get("weight", 1)), entry.keep
     return source
@@ -214,3 +244,23 @@ def place(path: str, entry: Entry) -> str:
     if unset := re.search(r"\$\{?\w+\}?", expanded):
         raise UserError(f"the environment variable {unset.group()} is not set")
     return expanded if expanded.startswith("hf://") else locate(expanded, entry.file)
+
+
+def content(data: DataFile) -> dict:
+    """A data file that says the same from anywhere: its paths are absolute."""
+    roles = {role: getattr(data, role).items() for role in ("adaptation", "evaluation")}
+    sets = {role: {name: absolute(entry) for name, entry in some} for role, some in roles.items()}
+    said = {"image_size": data.image_size, "cache": data.keep}
+    return {**said, "pretraining": [absolute(entry) for entry in data.pretraining], **sets}
+
+
+def absolute(entry: Entry) -> dict:
+    spec = dict(entry.spec)
+    splits = ("train", "test") if SOURCES[spec["source"]].split_field in PATHS else ()
+    for key in spec.keys() & {*PATHS, *splits}:
+        value = spec[key]
+        if isinstance(value, str):
+            spec[key] = place(value, entry)
+        elif isinstance(value, list):
+            spec[key] = [place(path, entry) if isinstance(path, str) else path for path in value]
+    return spec

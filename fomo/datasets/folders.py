@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,9 @@ class Folder(NamedClasses):
             raise UserError(f"{self.path}: neither class folders nor a .txt with a caption beside a picture")
 
     def class_names(self, folders: list[str]) -> list[str]:
+        for folder in folders:
+            if re.search("[\udc80-\udcff]", folder):  # bytes that os.scandir could not decode
+                raise UserError(f"{self.path}: the name of a class folder is not UTF-8: {folder}")
         names = [folder.replace("_", " ").strip() for folder in folders]
         for name in {n for n in names if names.count(n) > 1}:
             same = [folder for folder, other in zip(folders, names, strict=True) if other == name]
@@ -73,6 +77,9 @@ class Folder(NamedClasses):
     def name_of(self, index: int) -> str:
         return self.file(index)
 
+    def id_of(self, index: int) -> str:
+        return self.files[index]
+
     def key(self) -> str:
         return f"folder {Path(self.path).resolve()} {digest_of(self.path, self.files)}"
 
@@ -84,7 +91,7 @@ def digest_of(root: str, files: Strings) -> str:
         try:
             stat = os.stat(os.path.join(root, name))
             digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a null character in a table
             digest.update(f"{name} missing\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 

@@ -103,6 +103,9 @@ class FomoInFlux(Source):
     def name_of(self, index: int) -> str:
         return f"{self.base}/{self.files[index]}"
 
+    def id_of(self, index: int) -> str:
+        return self.files[index]
+
     def key(self) -> str:
         return f"fomo_in_flux {Path(self.base).resolve()} {digest_of(self.base, self.files)}"
 

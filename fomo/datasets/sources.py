@@ -4,6 +4,7 @@ A class's fields are what a data file may say of it, checked like a recipe's. `s
 an entry's `train:` and `test:` fill: a path, a split's name, a number of pictures.
 """
 
+import hashlib
 import struct
 import zlib
 from pathlib import Path
@@ -63,6 +64,10 @@ class Source:
         """What to call a sample in messages."""
         raise NotImplementedError
 
+    def id_of(self, index: int) -> str:
+        """What the sample is called within its dataset, wherever that lies."""
+        return self.name_of(index)
+
     def key(self) -> str:
         """What the pixels depend on, as text: names the pixel cache, so it changes when they would."""
         raise NotImplementedError
@@ -72,14 +77,13 @@ class Source:
 
 
 class Part(Source):
-    """At most `limit` samples of a source, drawn uniformly, the same in every run."""
+    """Some samples of a source, by their numbers in it."""
 
-    def __init__(self, source: Source, limit: int):
-        self.whole, self.limit = source, limit
-        rng = np.random.default_rng([limit, 0x5AB5])
-        self.numbers = np.sort(rng.choice(len(source), limit, replace=False, shuffle=False))  # (limit,)
+    def __init__(self, source: Source, numbers: np.ndarray):
+        self.whole, self.numbers = source, numbers
         self.classes, self.prompts, self.notes = source.classes, source.prompts, source.notes
-        self.labels = source.labels[self.numbers]
+        self.weight, self.cache = source.weight, source.cache
+        self.labels = source.labels[numbers]
 
     def image(self, index: int) -> Image.Image:
         return self.whole.image(int(self.numbers[index]))
@@ -93,8 +97,36 @@ class Part(Source):
     def name_of(self, index: int) -> str:
         return self.whole.name_of(int(self.numbers[index]))
 
+    def id_of(self, index: int) -> str:
+        return self.whole.id_of(int(self.numbers[index]))
+
     def key(self) -> str:
-        return f"{self.limit} of {self.whole.key()}"
+        return f"{len(self)} ({zlib.crc32(self.numbers.tobytes()):08x}) of {self.whole.key()}"
+
+
+def at_most(source: Source, limit: int) -> Source:
+    """At most `limit` samples, drawn uniformly, the same in every run."""
+    if limit >= len(source):
+        return source
+    rng = np.random.default_rng([limit, 0x5AB5])
+    return Part(source, np.sort(rng.choice(len(source), limit, replace=False, shuffle=False)))
+
+
+def held_out(source: Source, share: float) -> np.ndarray:
+    """(n,) bool: about `share` of every class, at least one and not all; of a class of one picture none.
+
+    A hash of a sample's name decides, so samples that are added later move none from one side to the other
+    (but the last of its class that is left on a side).
+    """
+    names = (source.id_of(index).encode("utf-8", "surrogateescape") for index in range(len(source)))
+    digests = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
+    place = np.frombuffer(digests, "<u8") / 2**64  # (n,) in [0, 1)
+    test = place < share
+    order = np.lexsort((place, source.labels))
+    _, starts, counts = np.unique(source.labels[order], return_index=True, return_counts=True)
+    test[order[starts]] = True
+    test[order[starts + counts - 1]] = False
+    return test
 
 
 class NamedClasses(Source):

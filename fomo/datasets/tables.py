@@ -87,6 +87,9 @@ class Table(NamedClasses):
     def name_of(self, index: int) -> str:
         return self.file(index)
 
+    def id_of(self, index: int) -> str:
+        return self.files[index]
+
     def key(self) -> str:
         return f"table {Path(self.path).resolve()} {digest_of(self.folder, self.files)}"
 

@@ -93,6 +93,9 @@ class Shards(Source):
     def name_of(self, index: int) -> str:
         return f"{self.file_of(index)}:{self.names[index]}"
 
+    def id_of(self, index: int) -> str:
+        return self.names[index]
+
     def key(self) -> str:
         return "webdataset " + " ".join(stamp(path) for path in self.files)
 

@@ -1,0 +1,350 @@
+"""Own data in one line: what is found in a folder, what is held out for testing, and what is refused."""
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from fomo.datasets.datafile import read
+from fomo.datasets.infer import as_data_file, infer, write_inferred
+from fomo.errors import UserError
+from fomo.recipe import load
+from fomo.update import run_recipe
+
+
+def draw(path: Path, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def class_folders(root: Path, classes: int, each: int, first: int = 0) -> Path:
+    for c in range(classes):
+        for n in range(first, first + each):
+            draw(root / f"kind_{c}" / f"{n}.png", 1000 * c + n)
+    return root
+
+
+def shard(path: Path, count: int, **texts) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for i in range(count):
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 6), (i, i, i)).save(picture, "PNG")
+            members = {"png": picture.getvalue()} | {s: text(i).encode() for s, text in texts.items()}
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(f"{path.stem}{i}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def table(path: Path, rows: list[list[str]], separator: str = ",") -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    for row in rows[1:]:
+        draw(path.parent / row[0])
+    return path
+
+
+def label(i: int) -> str:
+    return str(i % 2)
+
+
+def opened(path: Path, folder: Path):
+    """-> the only entry of the inferred file, its training and its test pictures."""
+    (entry,) = read(write_inferred(path, folder / "data.yaml")).adaptation.values()
+    return entry, entry.open("train"), entry.open("test")
+
+
+def names(source) -> set[str]:
+    return {Path(source.name_of(i)).name for i in range(len(source))}
+
+
+def test_class_folders_without_splits_give_a_tenth_of_every_class_for_testing(tmp_path):
+    entry, train, test = opened(class_folders(tmp_path / "photos", 10, 20), tmp_path / "run")
+    assert entry.name == "photos" and entry.spec["holdout"] == 0.1
+    assert train.classes == test.classes == [f"kind {c}" for c in range(10)]
+    assert len(train) + len(test) == 200 and 10 <= len(test) <= 40
+    everything = [source.name_of(i) for source in (train, test) for i in range(len(source))]
+    assert len(set(everything)) == 200
+    assert (np.bincount(test.labels, minlength=10) >= 1).all()
+    assert (np.bincount(train.labels, minlength=10) >= 10).all()
+    assert test.prompts == ("a photo of a {}.",) and train.key() != test.key()
+    assert (np.asarray(test.image(0)) == np.asarray(Image.open(test.name_of(0)))).all()
+
+
+def test_over_many_pictures_a_tenth_is_a_tenth(tmp_path):
+    rows = [[f"{i}.png", f"picture {i}"] for i in range(4000)]
+    (tmp_path / "a.csv").write_text("\n".join(["filepath,title", *map(",".join, rows)]))
+    _, train, test = opened(tmp_path / "a.csv", tmp_path / "run")
+    assert abs(len(test) - 400) < 4 * (4000 * 0.1 * 0.9) ** 0.5  # binomial, four standard deviations
+    assert len(train) + len(test) == 4000
+
+
+def test_pictures_that_are_added_move_none_between_the_splits(tmp_path):
+    photos = class_folders(tmp_path / "photos", 3, 60)
+    _, train, test = opened(photos, tmp_path / "run")
+    before = {(source is test, source.id_of(i)) for source in (train, test) for i in range(len(source))}
+    class_folders(photos, 4, 60, first=60)
+    photos = photos.rename(tmp_path / "elsewhere")
+    _, train, test = opened(photos, tmp_path / "again")
+    after = {(source is test, source.id_of(i)) for source in (train, test) for i in range(len(source))}
+    assert before < after and len(after) == 3 * 120 + 60
+
+
+def test_a_class_of_one_picture_is_only_learnt_and_one_of_two_is_in_both(tmp_path):
+    draw(tmp_path / "photos" / "one" / "1.png")
+    for n in range(2):
+        draw(tmp_path / "photos" / "two" / f"{n}.png")
+    _, train, test = opened(tmp_path / "photos", tmp_path / "run")
+    assert [train.classes[n] for n in train.labels] == ["one", "two"]
+    assert [test.classes[n] for n in test.labels] == ["two"]
+
+
+@pytest.mark.parametrize("held", ["test", "val", "valid", "Validation"])
+def test_splits_that_are_there_are_used(tmp_path, held):
+    class_folders(tmp_path / "train", 2, 3)
+    class_folders(tmp_path / held, 3, 1)
+    (tmp_path / "docs").mkdir()
+    entry, train, test = opened(tmp_path, tmp_path / "run")
+    assert (len(train), len(test)) == (6, 3) and "holdout" not in entry.spec
+    assert train.classes == test.classes == ["kind 0", "kind 1", "kind 2"]
+
+
+def test_of_test_and_val_the_test_split_is_used_and_the_other_is_named(tmp_path, capsys):
+    for split, count in (("train", 3), ("val", 2), ("test", 1)):
+        class_folders(tmp_path / split, 2, count)
+    _, _, test = opened(tmp_path, tmp_path / "run")
+    assert len(test) == 2
+    assert f"{tmp_path}: val is left out, the test split is test" in capsys.readouterr().err
+
+
+def test_a_train_folder_alone_is_divided(tmp_path):
+    class_folders(tmp_path / "train", 2, 20)
+    entry, train, test = opened(tmp_path, tmp_path / "run")
+    assert entry.spec["train"] == str(tmp_path / "train") and len(train) + len(test) == 40
+
+
+def test_a_class_may_be_called_test(tmp_path):
+    for name in ("test", "practice"):
+        for n in range(4):
+            draw(tmp_path / "photos" / name / f"{n}.png")
+    _, train, _ = opened(tmp_path / "photos", tmp_path / "run")
+    assert train.classes == ["practice", "test"]
+
+
+def test_pictures_with_texts_are_a_caption_set_and_captions_that_say_nothing_are_counted(tmp_path, capsys):
+    texts = ["a cat", "", "IMG_0003.JPG", "photos/4.png", "a file called 5.png", "a dog"]
+    for n, text in enumerate(texts * 5):
+        draw(tmp_path / "photos" / f"{n:02d}.png")
+        if text:
+            (tmp_path / "photos" / f"{n:02d}.txt").write_text(text)
+    file = as_data_file(tmp_path / "photos", tmp_path / "run")
+    (entry,) = read(file).adaptation.values()
+    assert entry.task == "retrieval" and not entry.open("train").classes
+    train = [entry.open("train").captions(i) for i in range(len(entry.open("train")))]
+    told = capsys.readouterr().err
+    assert f"{train.count([])} of {len(train)} have no caption, first: " in told
+    paths = train.count(["IMG_0003.JPG"]) + train.count(["photos/4.png"])
+    assert f"{paths} of {len(train)} have a caption that is only a file's path, first: " in told
+
+
+@pytest.mark.parametrize(
+    ("columns", "fields"),
+    [
+        (("filepath", "title"), {"image": "filepath", "caption": "title", "task": "retrieval"}),
+        (("Image", "Text", "Category"), {"image": "Image", "caption": "Text", "concept": "Category"}),
+        (("path", "id", "label"), {"image": "path", "caption": None, "concept": "label"}),
+        (("file_name", "caption"), {"image": "file_name", "caption": "caption", "task": "retrieval"}),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_tables_are_known_by_their_columns(tmp_path, columns, fields, suffix):
+    rows = [[f"pics/{i}.png", f"text {i}", "ab"[i % 2]][: len(columns)] for i in range(30)]
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    path = table(folder / f"all.{suffix}", [list(columns), *rows], {"csv": ",", "tsv": "\t"}[suffix])
+    for given, name in ((folder, "shop"), (path, "all")):
+        spec = infer(given)["adaptation"][name]
+        assert spec == {"source": suffix, "train": str(path), "holdout": 0.1, **fields}
+    _, train, test = opened(folder, tmp_path / "run")
+    assert len(train) + len(test) == 30 and train.classes == (["a", "b"] if "concept" in fields else [])
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train", "test"), ("shop", "shop_test"), ("shop-train", "shop-val"), ("shop", "test")],
+)
+def test_tables_and_shards_named_test_or_val_are_the_test_split(tmp_path, train, test):
+    rows = [["filepath", "title"], *([f"{i}.png", "a"] for i in range(3))]
+    for name in (train, test, "other_test"):
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        table(tmp_path / "tables" / f"{name}.csv", rows)
+        shard(tmp_path / "shards" / f"{name}.tar", 3, txt=label)
+    for path in (tmp_path / "tables" / f"{train}.csv", tmp_path / "shards" / f"{train}.tar"):
+        (spec,) = infer(path)["adaptation"].values()
+        assert spec["train"] == str(path) and spec["test"] == str(path.with_stem(test))
+
+
+def test_a_folder_of_shards_is_all_of_them_with_names_by_label_or_captions(tmp_path):
+    for n in range(3):
+        shard(tmp_path / "set" / f"train-{n:03d}.tar", 4, cls=label)
+    shard(tmp_path / "set" / "val-000.tar", 2, cls=label)
+    with pytest.raises(UserError, match=r"label 0 has no name: no classes\.txt beside the shard, no caption"):
+        infer(tmp_path / "set")
+    (tmp_path / "set" / "classes.txt").write_text("ant\nbee\n")
+    entry, train, test = opened(tmp_path / "set", tmp_path / "run")
+    assert train.classes == ["ant", "bee"] and (len(train), len(test)) == (12, 2)
+    assert len(entry.spec["train"]) == 3 and isinstance(entry.spec["test"], str)
+    entry, train, test = opened(shard(tmp_path / "b" / "all.tar", 40, txt=label), tmp_path / "run")
+    assert entry.task == "retrieval" and len(train) + len(test) == 40
+
+
+def loose(root):
+    draw(root / "1.png")
+
+
+def broken_table(root):
+    (root / "a.csv").write_text("name,price\nx,1\n")
+
+
+def unreadable_table(root):
+    (root / "a.csv").write_bytes(b"filepath,\xff\xfe\n")
+
+
+def both(root):
+    shard(root / "a.tar", 2, txt=label)
+    class_folders(root, 2, 2)
+
+
+def two_tables(root):
+    for name in "ab":
+        table(root / f"{name}.csv", [["filepath", "title"], ["1.png", "x"]])
+
+
+def two_kinds_of_table(root):
+    for name in ("a.csv", "a.tsv"):
+        (root / name).write_text("filepath,title\n1.png,a\n".replace(",", "\t" if name[-3] == "t" else ","))
+
+
+def mixed_splits(root):
+    class_folders(root / "train", 2, 2)
+    shard(root / "test" / "0.tar", 2, txt=label)
+
+
+def only_tests(root):
+    shard(root / "test.tar", 2, txt=label)
+
+
+def no_train(root):
+    class_folders(root / "test", 2, 2)
+    class_folders(root, 2, 2)
+
+
+def stray(root):
+    class_folders(root / "train", 2, 2)
+    class_folders(root / "more", 2, 2)
+
+
+def nothing_to_test(root):
+    class_folders(root, 3, 1)
+
+
+def bare_shard(root):
+    shard(root / "a.tar", 2)
+
+
+def empty(root):
+    (root / "cat").mkdir()
+
+
+MISTAKES = [
+    (empty, "nothing to learn from in it, accepted: class folders"),
+    (loose, "neither class folders nor a .txt with a caption beside a picture"),
+    (broken_table, "no column of pictures, it has: name, price; accepted: filepath"),
+    (unreadable_table, "not a readable table"),
+    (both, "more than one kind of data: webdataset (a.tar), folder (photos)"),
+    (two_tables, "more than one table: a.csv, b.csv; name the one"),
+    (two_kinds_of_table, "more than one kind of data: csv (a.csv), tsv (a.tsv)"),
+    (mixed_splits, "its splits hold different kinds of data: folder, webdataset"),
+    (only_tests, "only test files (test.tar)"),
+    (no_train, "test/ holds class folders, but no train/ is beside it"),
+    (stray, "more/ is beside train/"),
+    (nothing_to_test, "no class has two pictures"),
+    (bare_shard, "neither classes nor captions"),
+]
+
+
+@pytest.mark.parametrize(("make", "expected"), MISTAKES, ids=[make.__name__ for make, _ in MISTAKES])
+def test_what_cannot_be_inferred_is_one_line_and_nothing_is_written(tmp_path, make, expected):
+    root = tmp_path / "photos"
+    root.mkdir()
+    make(root)
+    with pytest.raises(UserError) as caught:
+        as_data_file(root, tmp_path / "run")
+    assert expected in str(caught.value) and str(root) in str(caught.value)
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("gone", "no such file or folder"), ("a.zip", "expected a data")]
+)
+def test_other_files_are_refused(tmp_path, name, expected):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=expected):
+        infer(tmp_path / name)
+
+
+def test_the_file_is_plain_yaml_that_says_where_it_comes_from_and_writing_it_again_changes_nothing(tmp_path):
+    photos = class_folders(tmp_path / "my photos #1: 'é'\n🎈", 2, 12)
+    file = write_inferred(photos, tmp_path / "run" / "data.yaml")
+    content = file.read_bytes()
+    first, second, *_ = content.decode().splitlines()
+    assert first.startswith("# Inferred from ") and "2 classes" in second
+    assert yaml.safe_load(content) == infer(photos)
+    assert write_inferred(photos, file).read_bytes() == content
+    assert [path.name for path in file.parent.iterdir()] == ["data.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"holdout": 0}, "adaptation.x.holdout: a share between 0 and 1, got 0"),
+        ({"holdout": 1.5}, "adaptation.x.holdout: a share between 0 and 1, got 1.5"),
+        ({"holdout": "some"}, "adaptation.x.holdout: expected a number, got 'some'"),
+        ({"holdout": 0.1, "test": "b"}, "adaptation.x.holdout: takes the test pictures from train"),
+        ({"holdout": 0.1, "train": None}, "adaptation.x.train: missing"),
+    ],
+)
+def test_mistakes_with_holdout_name_the_field(tmp_path, fields, expected):
+    spec = {"source": "folder", "train": "a", **fields}
+    spec = {key: value for key, value in spec.items() if value is not None}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"adaptation": {"x": spec}}))
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / "data.yaml")
+    assert expected in str(caught.value)
+
+
+def test_only_what_is_learnt_can_be_held_out(tmp_path):
+    spec = {"source": "world", "domain": "digits", "test": 3, "holdout": 0.1}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"evaluation": {"x": spec}}))
+    with pytest.raises(UserError, match=r"evaluation\.x\.holdout: unknown field"):
+        read(tmp_path / "data.yaml")
+
+
+def test_200_pictures_and_batches_of_16_are_one_update(tmp_path, small_scale):
+    photos = class_folders(tmp_path / "photos", 10, 20)
+    file = as_data_file(photos, tmp_path)
+    overrides = ["stream.updates=1", "optimizer.batch_size=16"]
+    recipe = load(None, scale=str(small_scale), data=str(file), overrides=overrides)
+    run_recipe(recipe, tmp_path / "run", resume=False, device="cpu")
+    first, last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert (first["update"], last["update"], last["samples"]) == (0, 1, 64)
+    assert set(last["datasets"]) == {"photos"} and last["zs"] is None
