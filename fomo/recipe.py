@@ -13,9 +13,10 @@ from pathlib import Path
 import yaml
 
 from fomo.errors import FieldError, UserError
-from fomo.fields import at_least, build, locate, one_of, read_yaml
+from fomo.fields import NOT_YAML, at_least, build, locate, one_of, read_yaml, sections
 from fomo.schedules import Schedule
 
+PRETRAINED_LR = 1e-5  # peak for open_clip's models, at batch 512 (paper, section 6.1)
 ROOT = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -97,21 +98,32 @@ class Mixture:
             at_least("mixture.limit", self.limit, 1)
 
 
+BUDGETS = ("gflops", "samples", "steps", "hours")
+
+
 @dataclass(frozen=True)
 class Budget:
-    """Work per update; exactly one of the two."""
+    """What a life may cost; exactly one of the first four."""
 
-    samples: int | None = None
-    steps: int | None = None
+    gflops: float | None = None  # memory-adjusted (paper, section 3.2), in total over all updates
+    samples: int | None = None  # per update
+    steps: int | None = None  # per update
+    hours: float | None = None  # per update, of wall clock, its evaluation included
+    fisher: str = "once"  # per update, or as the paper's Table 4 "per_step": how EWC's Fisher pass is charged
 
     def __post_init__(self):
-        given = {k: v for k, v in (("samples", self.samples), ("steps", self.steps)) if v is not None}
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise FieldError(
-                "budget", f"say exactly one of samples, steps (per update), got {given or 'none'}"
-            )
-        for name, value in given.items():
-            at_least(f"budget.{name}", value, 1)
+            found = ", ".join(given) or "none"
+            raise FieldError("budget", f"say exactly one of {', '.join(BUDGETS)}, got {found}")
+        for name in ("samples", "steps"):
+            if getattr(self, name) is not None:
+                at_least(f"budget.{name}", getattr(self, name), 1)
+        for name in ("gflops", "hours"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise FieldError(f"budget.{name}", f"must be positive, got {value:g}")
+        one_of("budget.fisher", self.fisher, ("once", "per_step"))
 
 
 @dataclass(frozen=True)
@@ -158,11 +170,17 @@ class Evaluation:
     frozen: bool = (
         False  # also score ridge regression on the untouched model's features: one pass over the data
     )
+    keeps: list[float] = field(
+        default_factory=list
+    )  # last update: also score these shares of what was before
 
     def __post_init__(self):
         if not 0 < self.subset <= 1:
             raise FieldError("evaluation.subset", f"a share in (0, 1], got {self.subset:g}")
         at_least("evaluation.every", self.every, 1)
+        for i, keep in enumerate(self.keeps):
+            if not 0 <= keep <= 1:
+                raise FieldError(f"evaluation.keeps[{i}]", f"a share between 0 and 1, got {keep:g}")
         if self.keep_weights is not None:
             at_least("evaluation.keep_weights", self.keep_weights, 1)
 
@@ -186,11 +204,6 @@ class Recipe:
 
     def __post_init__(self):
         at_least("seed", self.seed, 0)
-        if self.schedule.meta == "infinite":
-            problem = "infinite can be drawn, but `update` does not train from its trunk yet"
-            raise FieldError(
-                "schedule.meta", f"{problem}, accepted: none, autoregressive, continued, matched"
-            )
         if self.threads is not None:
             at_least("threads", self.threads, 1)
         one_of("precision", self.precision, ("auto", "float32", "bf16", "fp16"))
@@ -198,16 +211,16 @@ class Recipe:
             raise FieldError(
                 "optimizer.lr", f"not given, and scale {self.scale} has no default for this method"
             )
-        if self.steps < 1:
+        if self.steps == 0:
             size = self.optimizer.batch_size
             raise FieldError("budget.samples", f"{self.budget.samples} is less than one batch of {size}")
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps per update (N)."""
-        if self.budget.steps is not None:
-            return self.budget.steps
-        return self.budget.samples // self.optimizer.batch_size
+    def steps(self) -> int | None:
+        """Optimizer steps per update (N); None where they are counted (gflops) or timed (hours)."""
+        if self.budget.samples is not None:
+            return self.budget.samples // self.optimizer.batch_size
+        return self.budget.steps
 
 
 def locate_fields(values: dict, file: Path) -> None:
@@ -227,10 +240,14 @@ def load(
     data: str | None = None,
     seed: int | None = None,
     overrides: typing.Sequence[str] = (),
+    fitted: dict | None = None,
 ) -> Recipe:
-    """Read a recipe with its scale and the command line's overrides ("key.path=value")."""
+    """Read a recipe with its scale and the command line's overrides ("key.path=value").
+
+    fitted: what suits the data (own.py), over the scale's choice and under the recipe's.
+    """
     recipe_path = Path(path) if path else None
-    said = read_yaml(recipe_path) if recipe_path else {}
+    said = sections(Recipe, read_yaml(recipe_path), recipe_path) if recipe_path else {}
     if recipe_path:
         locate_fields(said, recipe_path)
     line: dict = {}
@@ -242,17 +259,32 @@ def load(
         line["data"] = str(Path(data).resolve())
     if model is not None:
         line["model"] = split_model(model)
+    sections(Recipe, line, "command line")
     scale_name = scale or line.get("scale") or said.get("scale") or "tiny"
     scale_path, sized, defaults = load_scale(str(scale_name))
-    if "pretrained" in said.get("model", {}) or "name" in said.get("model", {}) or model is not None:
-        sized.pop("model")
-        sized.pop("threads", None)  # they suit the scale's own model
+    reference = sized.get("optimizer", {}).get("batch_size") if fitted else None
+    named = line.get("model") or said.get("model") or {}
+    replaced = sized.pop("model", None) if named.get("name") or named.get("pretrained") else None
+    if replaced and not same_architecture(named.get("pretrained"), replaced):
+        sized.pop("threads", None)  # they suit the scale's own model, and so do its peaks
+        defaults, reference = {**defaults, "lr": {"finetune": PRETRAINED_LR}}, Optimizer.batch_size
+    sized = merged(sized, {k: v for k, v in (fitted or {}).items() if k != "defaults"})
+    defaults = {**defaults, **(fitted or {}).get("defaults", {})}
     values = merged(merged(merged(sized, said), line), {"scale": str(scale_name)})
     origins = [("command line", line), (str(recipe_path), said), (str(scale_path), sized)]
     try:
-        return build(Recipe, with_defaults(values, defaults))
+        return build(Recipe, with_defaults(values, defaults, reference))
     except FieldError as error:
         raise UserError(f"{origin_of(error.field, origins)}: {error}") from None
+
+
+def same_architecture(pretrained: str | None, own: dict) -> bool:
+    """Whether a local model directory holds what the scale would make: then its peak rates hold, too."""
+    config = Path(str(pretrained or "")) / "open_clip_config.json"
+    if not own.get("config") or not config.is_file():
+        return False
+    found = read_yaml(config).get("model_cfg")  # JSON is YAML
+    return isinstance(found, dict) and {k: found.get(k) for k in own["config"]} == own["config"]
 
 
 def load_scale(name: str) -> tuple[Path, dict, dict]:
@@ -261,8 +293,12 @@ def load_scale(name: str) -> tuple[Path, dict, dict]:
     if not path.exists() and path.parent == ROOT / "scales":
         one_of("scale", name, tuple(sorted(p.stem for p in path.parent.glob("*.yaml"))))
     values = read_yaml(path)
-    locate_fields(values, path)
-    return path, values, values.pop("defaults", {})
+    defaults = values.pop("defaults", {})
+    if not isinstance(defaults, dict) or not isinstance(defaults.get("lr", {}), dict):
+        expected = "expected named fields, `lr` with a rate by method"
+        raise UserError(f"{path}: defaults: {expected}, got {defaults!r}")
+    locate_fields(sections(Recipe, values, path), path)
+    return path, values, defaults
 
 
 def split_model(text: str) -> dict:
@@ -287,25 +323,27 @@ def set_path(values: dict, override: str) -> None:
             raise UserError(f"--set {override}: {parent} is a value already, it has no fields")
     try:
         values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except NOT_YAML:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
 
 
 def merged(low: dict, high: dict) -> dict:
-    """`high` over `low`, section by section; a budget, and a method that says its name, replace the whole."""
+    """`high` over `low`, section by section; a method that says its name, and a budget's amount, replace."""
     out = dict(low)
     for key, value in high.items():
-        whole = key == "budget" or (key == "method" and isinstance(value, dict) and "name" in value)
-        if whole or not (isinstance(value, dict) and isinstance(out.get(key), dict)):
-            out[key] = value
-        else:
-            out[key] = merged(out[key], value)
+        below = out.get(key)
+        both = isinstance(value, dict) and isinstance(below, dict)
+        if both and key == "budget" and any(name in value for name in BUDGETS):
+            below = {k: v for k, v in below.items() if k not in BUDGETS}
+        replaces = key == "method" and both and "name" in value
+        out[key] = merged(below, value) if both and not replaces else value
     return out
 
 
-def with_defaults(values: dict, defaults: dict) -> dict:
+def with_defaults(values: dict, defaults: dict, reference: int | None) -> dict:
     """Fill in the scale's `defaults` where the recipe leaves them open: keep, and lr by the innermost method
-    (finetune's for a method that the scale does not list)."""
+    (finetune's for a method that the scale does not list), scaled from the batch size `reference`, if there is
+    one, by a square root, as suits AdamW (Malladi et al. 2022, arXiv 2205.10287)."""
     from fomo.methods import accepted_fields, build_method, innermost  # methods import this module
 
     method = values.get("method", {"name": "finetune"})
@@ -313,8 +351,12 @@ def with_defaults(values: dict, defaults: dict) -> dict:
     values = merged({"method": method, "optimizer": {}}, values)
     peaks = defaults.get("lr", {})
     lr = peaks.get(innermost(method), peaks.get("finetune"))
-    if isinstance(values["optimizer"], dict) and values["optimizer"].get("lr") is None and lr is not None:
-        values["optimizer"] = {**values["optimizer"], "lr": lr}
+    said = values["optimizer"]
+    if isinstance(said, dict) and said.get("lr") is None and lr is not None:
+        size = said.get("batch_size")
+        if reference and isinstance(size, int) and size > 0:
+            lr = float(f"{float(lr) * (size / reference) ** 0.5:.3g}")
+        values["optimizer"] = {**said, "lr": lr}
     fill = {
         k: v for k, v in defaults.items() if k != "lr" and k in accepted_fields(method) and k not in method
     }

@@ -4,25 +4,30 @@ A checkpoint is complete or absent: it is written aside, flushed, hashed, and re
 hash, so a truncated or altered file is recognised by its name and the one before it is used.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
 import yaml
 
-from fomo.clip import Clip, save
-from fomo.errors import Interrupted, UserError
-from fomo.files import settle, write_atomically, write_tensors
+from fomo.clip import NOT_TENSORS, Clip, save
+from fomo.errors import Interrupted, UserError, one_line
+from fomo.fields import read_yaml
+from fomo.files import OnDisk, settle, write_atomically, write_tensors
 from fomo.recipe import Recipe, dump
 
+FORMAT = 1  # of a run folder: raised when an older fomo could not go on with it
 KEPT_CHECKPOINTS = 2
-LOGS = ("metrics.jsonl", "train.jsonl")
+LOGS = ("metrics.jsonl", "concepts.jsonl", "train.jsonl")
 
 
 @dataclass
@@ -35,6 +40,9 @@ class Position:
     evaluated: bool = False  # whether the weights after `update` have been scored
     samples: int = 0
     seconds: float = 0.0
+    steps: int = 0  # of each update (N), once planned or timed
+    began: float = 0.0  # `seconds` at the beginning of this update
+    closing: float = 0.0  # of a budget in hours: seconds that are left for what follows the steps
 
     @property
     def finished(self) -> bool:
@@ -46,6 +54,7 @@ class Run:
     folder: Path
     position: Position = field(default_factory=Position)
     signum: int = 0
+    lock: IO | None = None  # held as long as it is open
 
     @classmethod
     def open(cls, folder: Path, recipe: Recipe, resume: bool) -> tuple["Run", dict | None]:
@@ -55,23 +64,50 @@ class Run:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
-        if any(folder.iterdir()) and not resume:
+        if not resume and {path.name for path in folder.iterdir()} - {"data.yaml", "lock"}:
             raise UserError(
                 f"{folder}: this run exists; go on with --resume, or choose another folder with --out"
             )
-        run = cls(folder)
-        if (folder / "recipe.yaml").exists():
-            same_recipe(folder / "recipe.yaml", recipe)
-        checkpoint = run.latest_checkpoint()
-        if checkpoint:
-            run.position = Position(**checkpoint["position"])
+        run = cls(folder, lock=held(folder / "lock"))
+        try:
+            if (folder / "recipe.yaml").exists():
+                same_recipe(folder / "recipe.yaml", recipe)
+            checkpoint = run.latest_checkpoint()
+            if checkpoint:
+                run.position = Position(**checkpoint["position"])
+        except BaseException:
+            run.close()
+            raise
         return run, checkpoint
 
-    def begin(self, recipe: Recipe, checkpoint: dict | None) -> None:
+    def close(self) -> None:
+        """Let other processes work on the folder; a run that was refused before it began leaves nothing."""
+        if not (self.folder / "recipe.yaml").exists():
+            (self.folder / "lock").unlink(missing_ok=True)
+        self.lock.close()
+
+    def life(self) -> dict | None:
+        """What a run that has begun must find again, see material.Material.life."""
+        path = self.folder / "stream.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError as error:
+            raise UserError(f"{path}: not the stream of a run: {one_line(error)}") from None
+
+    @property
+    def scored(self) -> bool:
+        """Whether it has a line in metrics.jsonl."""
+        return size_of(self.folder / "metrics.jsonl") > 0
+
+    def begin(self, recipe: Recipe, data: dict, life: dict, checkpoint: dict | None) -> None:
         """Make the folder what the checkpoint says, or a new run."""
         for name in ("state", "weights"):
             (self.folder / name).mkdir(exist_ok=True)
         write_atomically(self.folder / "recipe.yaml", dump(recipe).encode())
+        if Path(recipe.data) != (self.folder / "data.yaml").resolve():
+            text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+            write_atomically(self.folder / "data.yaml", text.encode())
+        write_atomically(self.folder / "stream.json", json.dumps(life, ensure_ascii=False).encode())
         lengths = checkpoint["logs"] if checkpoint else {}
         for log in LOGS:
             cut_back(self.folder / log, lengths.get(log, 0))
@@ -83,18 +119,24 @@ class Run:
         logs = {log: size_of(self.folder / log) for log in LOGS}
         state = self.folder / "state"
         staging = state / "writing.pt"
-        torch.save({"position": vars(self.position), "logs": logs, **content}, staging)
+        head = {"format": FORMAT, "position": vars(self.position), "logs": logs}
+        torch.save({**head, **content}, staging)
         digest = file_hash(staging)
-        numbers = [int(p.name.split("-")[0]) for p in state.glob("*-*.pt")]
-        settle(staging, state / f"{max(numbers, default=0) + 1:06d}-{digest}.pt")
-        for old in sorted(state.glob("*-*.pt"))[:-KEPT_CHECKPOINTS]:
+        numbers = [int(p.name.split("-")[0]) for p in checkpoints(state)]
+        newest = state / f"{max(numbers, default=0) + 1:06d}-{digest}.pt"
+        settle(staging, newest)
+        for old in checkpoints(state)[:-KEPT_CHECKPOINTS]:
             old.unlink()
+        if self.position.step == 0 and self.position.evaluated:  # what `continue` may start from
+            ended = state / f"update_{self.position.update:03d}-{digest}.pt"
+            ended.unlink(missing_ok=True)
+            same_file(newest, ended)
 
     def latest_checkpoint(self) -> dict | None:
         """The newest checkpoint whose bytes are those that were written."""
-        for path in sorted((self.folder / "state").glob("*-*.pt"), reverse=True):
-            if file_hash(path) == path.stem.split("-")[1]:
-                return torch.load(path, map_location="cpu", weights_only=True)
+        for path in reversed(checkpoints(self.folder / "state")):
+            if checkpoint := read_checkpoint(path):
+                return checkpoint
         return None
 
     def log(self, name: str, line: dict) -> None:
@@ -103,13 +145,19 @@ class Run:
             file.flush()
             os.fsync(file.fileno())
 
+    def weights_before(self) -> OnDisk:
+        """The newest weights that are kept from before this update."""
+        name = f"update_{self.position.update:03d}"
+        return OnDisk(max(p for p in (self.folder / "weights").glob("update_*") if p.stem < name))
+
     def save_weights(self, clip: Clip, keep: int | None) -> None:
         """The deployed weights of this update, and as the model that open_clip opens."""
         target = self.folder / "weights" / f"update_{self.position.update:03d}.safetensors"
         write_tensors(clip.model.state_dict(), target)
         if keep is not None:
-            for old in sorted(target.parent.glob("update_*.safetensors"))[1:-keep]:  # the original stays
-                old.unlink()
+            for kept in (target.parent, self.folder / "state"):
+                for old in sorted(kept.glob("update_*"))[1:-keep]:  # the original stays
+                    old.unlink()
         self.save_model(clip)
 
     def save_model(self, clip: Clip) -> None:
@@ -127,12 +175,66 @@ class Run:
             raise Interrupted(self.signum)
 
 
+def held(path: Path) -> IO:
+    """The lock of a run folder. It ends with the process that holds it, however that ends."""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  closing it lets go
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(f"{path.parent}: {holder} is working on this run") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
 def same_recipe(path: Path, recipe: Recipe) -> None:
     """A run goes on with the recipe it began with."""
-    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(dump(recipe))
-    differing = [key for key in now if before.get(key) != now[key]]
+    differing = differences(read_yaml(path), yaml.safe_load(dump(recipe)))
     if differing:
         raise UserError(f"{path}: the run began with another recipe, differing: {', '.join(differing)}")
+
+
+def differences(before: dict, now: dict, where: str = "") -> list[str]:
+    """The dotted names of the fields that differ."""
+    found = []
+    for key in now:
+        a, b = before.get(key), now[key]
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            found.append(f"{where}{key}")
+    return found
+
+
+def checkpoints(state: Path) -> list[Path]:
+    """Oldest first; those that only keep an update for `continue` are not among them."""
+    return sorted(state.glob("[0-9]*-*.pt"))
+
+
+def read_checkpoint(path: Path) -> dict | None:
+    """None if its bytes are not those that were written."""
+    if file_hash(path) != path.stem.split("-")[1]:
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except NOT_TENSORS as error:
+        raise UserError(f"{path}: not a checkpoint of a run: {one_line(error)}") from None
+    if checkpoint["format"] > FORMAT:
+        found = f"format {checkpoint['format']} of a newer fomo"
+        raise UserError(f"{path}: {found}, accepted: up to {FORMAT}")
+    return checkpoint
+
+
+def same_file(path: Path, other: Path) -> None:
+    """A second name for a file, without a second copy where the file system can do that."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
 
 
 def file_hash(path: Path) -> str:

@@ -2,109 +2,38 @@
 
 import json
 import math
-import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from fomo.clip import Clip
+from fomo.budget import Work, work_of
+from fomo.clip import Clip, load
 from fomo.datasets import datafile
-from fomo.datasets.mixture import Batches, Pool, pool_of, reservoir, sub_batches
-from fomo.datasets.orders import Known, Reference, make_stream
-from fomo.datasets.samples import Collection, Samples
-from fomo.datasets.stream import Concept
+from fomo.datasets.samples import Batch
+from fomo.datasets.stream import composition
 from fomo.errors import Failure, Interrupted, UserError
-from fomo.eval import TestSet, as_metrics, evaluate, image_features, open_tests, subset
-from fomo.frozen import trajectory
+from fomo.eval import as_metrics, concept_scores, evaluate, open_tests
+from fomo.material import batches_of, open_material
 from fomo.methods import build_method
+from fomo.methods.base import Weights
 from fomo.pretrain import starting_model
+from fomo.reading import read_lines
 from fomo.recipe import Recipe, Temperature
 from fomo.report import write_report
 from fomo.run import Run
 from fomo.schedules import learning_rate
-from fomo.train import Precision, Step, Timed, on_device, pick_device, train
+from fomo.scoring import Scorer
+from fomo.train import Precision, Step, Timed, on_device, peak_memory, pick_device, train
+from fomo.transfer import transfer
 
 LOG_EVERY = 20  # steps between readings of the loss: on a GPU each reading waits for the device
+TIMED_STEPS = 5  # that calibrate a budget in hours, after one that warms up
 CHECKPOINT_SECONDS = 300  # between checkpoints within an update
-
-
-@dataclass
-class Material:
-    """The data of a life: the stream of concepts, the pools to draw from, the sets to score."""
-
-    stream: list[list[Concept]]  # T updates
-    adaptation: Collection
-    names: list[str]  # of the parts of `adaptation`
-    concept_numbers: dict[tuple[str, int], np.ndarray]  # (dataset, label) -> sample numbers
-    pretraining: Collection
-    tests: list[TestSet]
-    subsets: dict[str, np.ndarray]
-
-    def numbers(self, updates: list[list[Concept]]) -> np.ndarray:
-        """The samples of all concepts of some updates."""
-        found = [self.concept_numbers[c.dataset, c.label] for concepts in updates for c in concepts]
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
-
-    def by_dataset(self, numbers: np.ndarray) -> list[tuple[str, Samples, np.ndarray]]:
-        """The name, the samples and the own numbers of each dataset among `numbers`; those with classes."""
-        starts, found = self.adaptation.offsets, []
-        for part, name in enumerate(self.names):
-            own = numbers[(numbers >= starts[part]) & (numbers < starts[part + 1])] - starts[part]
-            if len(own) and (self.adaptation.parts[part].labels[own] >= 0).all():
-                found.append((name, self.adaptation.parts[part], own))
-        return found
-
-
-def open_material(recipe: Recipe, clip: Clip) -> Material:
-    data = datafile.read(recipe.data)
-    size = data.image_size or clip.image_size
-    concepts, parts, numbers, by_name = [], [], {}, {}
-    start = 0
-    for name, entry in data.adaptation.items():
-        source = entry.open("train")
-        if source is None:
-            continue
-        samples = Samples(source, clip, size, name)
-        parts.append(samples)
-        by_name[name] = samples
-        usable = Collection([samples]).usable()
-        for label, title in enumerate(source.classes) if source.classes else [(-1, name)]:
-            own = np.flatnonzero((source.labels == label) & usable)
-            if len(own):
-                concepts.append(Concept(name, label, title, source.prompts[0]))
-                numbers[name, label] = start + own
-        start += len(samples)
-    if not concepts:
-        raise UserError(f"{data.path}: adaptation: no training pictures, there is nothing to learn")
-    pool = [Samples(source, clip, size, f"pretraining[{i}]") for i, source in enumerate(data.pool())]
-    if not pool and recipe.mixture.pretraining:
-        print(f"{data.path}: no pretraining pool; its share goes to the other pools", file=sys.stderr)
-    seed = recipe.seed if recipe.stream.seed is None else recipe.stream.seed
-    reference = Reference(clip, by_name.__getitem__, lambda: pool)
-    stream = make_stream(concepts, Known(recipe.stream, seed, data, lambda: reference))
-    tests = open_tests(data, clip, size)
-    subsets = {test.name: subset(test, recipe.evaluation.subset, recipe.seed) for test in tests}
-    return Material(stream, Collection(parts), list(by_name), numbers, Collection(pool), tests, subsets)
-
-
-def batches_of(material: Material, recipe: Recipe, update: int) -> Batches:
-    """The batches of one update (from 0)."""
-    new, seen = material.stream[update : update + 1], material.stream[:update]
-    kept = reservoir(material.numbers(seen), recipe.mixture.limit, recipe.seed)
-    pools = {
-        "pretraining": pool_of(material.pretraining, (recipe.seed, update, 0)),
-        "update": Pool(material.adaptation, material.numbers(new), (recipe.seed, update, 1)),
-        "buffer": Pool(material.adaptation, kept, (recipe.seed, update, 2)),
-    }
-    empty = frozenset(name for name, pool in pools.items() if not len(pool)) - {"update"}
-    counts = sub_batches(recipe.optimizer.batch_size, recipe.mixture, empty)
-    return Batches([(name, pools[name], counts[name]) for name in pools], recipe.seed, update, recipe.steps)
 
 
 class Life:
@@ -114,8 +43,11 @@ class Life:
         self.recipe, self.clip, self.run, self.device, self.workers = recipe, clip, run, device, workers
         self.model = clip.model.to(device)
         self.method = build_method(recipe.method)
-        self.material = open_material(recipe, clip)
+        self.material = open_material(recipe, clip, run.life())
         run.position.updates = len(self.material.stream)
+        self.work = work_of(recipe)
+        if not run.position.steps:  # else an earlier process has planned, or timed, them
+            run.position.steps = planned_steps(recipe, self.work, run.position.updates)
         set_temperature(self.model, recipe.temperature)
         self.method.keep_in(run.folder)
         torch.manual_seed(recipe.seed)  # of what methods draw in `prepare`
@@ -125,6 +57,9 @@ class Life:
             self.parameters.append(self.model.logit_scale)
         self.precision = Precision(recipe.precision, device)
         self.optimizer: torch.optim.Optimizer | None = None  # lives within one update
+        self.trunk: Weights = {}  # of an infinite schedule: what the next update goes on from
+        self.tuned: Weights = {}  # by the last update, before any merge, for `evaluation.keeps`
+        self.scorer = Scorer(clip, self.material, device, recipe.seed, run.check)
         self.clock = time.monotonic()
 
     def restore(self, checkpoint: dict) -> None:
@@ -134,6 +69,8 @@ class Life:
         self.model.load_state_dict(checkpoint["model"])
         self.method.load_state(checkpoint["method"])
         self.precision.scaler.load_state_dict(checkpoint["scaler"])
+        self.trunk, self.tuned = checkpoint["trunk"], checkpoint["tuned"]
+        self.scorer.original = checkpoint["original"]
         if checkpoint["optimizer"] is not None:
             self.optimizer = self.method.optimizer(self.parameters, self.recipe.optimizer)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -145,7 +82,14 @@ class Life:
         weights = self.model.state_dict()
         scaler = self.precision.scaler.state_dict()  # empty but in fp16
         self.run.save_checkpoint(
-            model=weights, method=state, optimizer=optimizer, scaler=scaler, machine=machine()
+            model=weights,
+            method=state,
+            optimizer=optimizer,
+            scaler=scaler,
+            trunk=self.trunk,
+            tuned=self.tuned,
+            original=self.scorer.original,
+            machine=machine(),
         )
 
     def tick(self) -> None:
@@ -156,11 +100,14 @@ class Life:
 
     def live(self) -> None:
         position, updates = self.run.position, self.run.position.updates
-        steps = self.recipe.steps
-        with tqdm(total=updates * steps, initial=position.update * steps + position.step, unit="step") as bar:
+        done = position.update * position.steps + position.step
+        with tqdm(total=updates * position.steps or None, initial=done, unit="step") as bar:
             try:
                 if not position.evaluated:
                     self.evaluate(bar)
+                if not position.steps:
+                    self.calibrate()
+                    bar.reset(updates * position.steps)
                 while position.update < updates:
                     bar.set_description(f"update {position.update + 1} of {updates}")
                     self.train_update(bar)
@@ -172,41 +119,97 @@ class Life:
     def train_update(self, bar: tqdm) -> None:
         """Train one update from where it stands, and leave in the model what is deployed."""
         recipe, position = self.recipe, self.run.position
-        batches = batches_of(self.material, recipe, position.update)
+        batches = batches_of(self.material, recipe, position.update, position.steps)
         if self.optimizer is None:
-            self.method.before_update(self.model)
-            self.optimizer = self.method.optimizer(self.parameters, recipe.optimizer)
+            self.begin_update()
         loader = Timed(batches.loader(position.step, self.workers, pin=self.device.type == "cuda"))
-        steps = train(
+        fork = recipe.schedule.trunk_steps(position.steps) if recipe.schedule.meta == "infinite" else None
+        pending: list[Step] = []
+        saved = time.monotonic()
+        for step in self.steps(loader, position.steps, start=position.step):
+            pending.append(step)
+            position.step, position.samples = step.number + 1, position.samples + recipe.optimizer.batch_size
+            bar.update()
+            if position.step == fork:
+                self.trunk = self.method.export(self.model)
+            late = self.late()
+            if len(pending) == LOG_EVERY or position.step == position.steps or late or self.run.signum:
+                self.log_steps(pending, loader)
+            self.run.check()
+            if late:  # an hours budget ends an update before its last step
+                break
+            if not pending and time.monotonic() - saved > CHECKPOINT_SECONDS:
+                self.checkpoint()
+                saved = time.monotonic()
+        if fork and position.step < fork:
+            self.trunk = self.method.export(self.model)
+        self.optimizer = None
+        again = on_device(batches.loader(workers=self.workers), self.clip, self.device)
+        if recipe.evaluation.keeps and position.update + 1 == position.updates:
+            self.tuned = self.method.export(self.model)
+        self.method.after_update(self.model, again)
+        position.update, position.step, position.evaluated = position.update + 1, 0, False
+
+    def begin_update(self) -> None:
+        if self.trunk:
+            self.method.load(self.model, self.trunk)
+        self.method.before_update(self.model)
+        self.optimizer = self.method.optimizer(self.parameters, self.recipe.optimizer)
+
+    def steps(self, batches: Iterable[Batch], steps: int, start: int = 0) -> Iterator[Step]:
+        """Train on the batches of one update, `steps` in all, from step `start`."""
+        recipe, update = self.recipe, self.run.position.update
+        return train(
             self.clip,
             self.method,
             self.optimizer,
-            loader,
-            lambda step: learning_rate(
-                recipe.schedule, recipe.optimizer.lr, position.update, step, recipe.steps
-            ),
+            batches,
+            lambda step: learning_rate(recipe.schedule, recipe.optimizer.lr, update, step, steps),
             device=self.device,
             precision=self.precision,
             clip_norm=recipe.optimizer.clip_norm,
             max_scale=recipe.temperature.max,
-            start=position.step,
+            start=start,
         )
-        pending: list[Step] = []
-        saved = time.monotonic()
-        for step in steps:
-            pending.append(step)
-            position.step, position.samples = step.number + 1, position.samples + recipe.optimizer.batch_size
-            bar.update()
-            if len(pending) == LOG_EVERY or position.step == recipe.steps or self.run.signum:
-                self.log_steps(pending, loader)
-            self.run.check()
-            if not pending and time.monotonic() - saved > CHECKPOINT_SECONDS:
-                self.checkpoint()
-                saved = time.monotonic()
+
+    def calibrate(self) -> None:
+        """Fix the steps per update of a budget in hours: time a few, then go back to before them.
+
+        What evaluating took once, and what the method adds after an update, is left for them.
+        """
+        position, count = self.run.position, 1 + TIMED_STEPS
+        batches = batches_of(self.material, self.recipe, position.update, count)
+        self.begin_update()
+        seconds = []
+        for step in self.steps(batches.loader(workers=self.workers), count):
+            step.loss.item()  # waits for the device
+            seconds.append(time.monotonic())
+        each = (seconds[-1] - seconds[0]) / TIMED_STEPS
         self.optimizer = None
-        again = on_device(batches.loader(workers=self.workers), self.clip, self.device)
-        self.method.after_update(self.model, again)
-        position.update, position.step, position.evaluated = position.update + 1, 0, False
+        self.restore(self.run.latest_checkpoint())
+        position.closing = position.seconds + each * self.work.gflops_per_update / self.work.gflops_per_step
+        # A twentieth is left for steps that take longer than these: `late` would cut the cooldown off.
+        position.steps = math.floor(0.95 * self.remaining() / each)
+        if position.steps < 1:
+            hours = self.recipe.budget.hours
+            least = hours + (each / 0.95 - self.remaining()) / 3600
+            found = f"{hours:g} is too little for an evaluation and one step"
+            raise UserError(f"budget.hours: {found}, accepted: at least {least:.3g}")
+        self.checkpoint()
+
+    def remaining(self) -> float:
+        """Seconds that a budget in hours leaves for this update's steps."""
+        position = self.run.position
+        used = position.seconds - position.began + time.monotonic() - self.clock
+        return self.recipe.budget.hours * 3600 - position.closing - used
+
+    def late(self) -> bool:
+        """Whether the update's time is up."""
+        if self.recipe.budget.hours is None:
+            return False
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self.remaining() < 0
 
     def log_steps(self, pending: list[Step], loader: "Timed") -> None:
         """Read the losses of the last steps, stop if one is not finite, and write a line of train.jsonl."""
@@ -233,48 +236,77 @@ class Life:
 
     def evaluate(self, bar: tqdm) -> None:
         """Score the deployed weights, keep them, and make the run resumable from here."""
-        run, recipe, position = self.run, self.recipe, self.run.position
-        last = position.update == position.updates
-        if last or position.update % recipe.evaluation.every == 0:
-            full = last or position.update == 0
-            total = sum(len(t.usable if full else self.material.subsets[t.name]) for t in self.material.tests)
-            with tqdm(total=total, desc="evaluating", unit="img", leave=False) as progress:
-
-                def tick(n: int) -> None:
-                    progress.update(n)
-                    run.check()
-
-                tests, subsets = self.material.tests, self.material.subsets
-                scores, whole = evaluate(self.clip, tests, subsets, self.device, full=full, tick=tick)
-            run.save_weights(self.clip, recipe.evaluation.keep_weights)
+        position = self.run.position
+        if position.update in (0, position.updates) or position.update % self.recipe.evaluation.every == 0:
+            line, by_concept = self.score()
+            self.run.save_weights(self.clip, self.recipe.evaluation.keep_weights)
             self.tick()
-            line = {"update": position.update, **as_metrics(scores)}
-            if whole:
-                line["full"] = as_metrics(whole)
-            if position.update == 0:
-                line["roles"] = {test.name: test.role for test in self.material.tests}
-                if recipe.evaluation.frozen:
-                    line["frozen"] = self.frozen_baseline()
-            steps = position.update * recipe.steps
-            spent = {"steps": steps, "samples": position.samples, "seconds": round(position.seconds, 3)}
-            run.log("metrics.jsonl", {**line, **spent, "peak_memory": peak_memory(self.device)})
-            bar.set_postfix(
-                {key.upper(): f"{scores[key]:.1f}" for key in ("ka", "zs") if scores[key] is not None}
-            )
+            self.run.log("concepts.jsonl", by_concept)
+            self.run.log("metrics.jsonl", {**line, **self.spent(), "peak_memory": peak_memory(self.device)})
+            shown = {key.upper(): f"{line[key]:.1f}" for key in ("ka", "zs") if line[key] is not None}
+            bar.set_postfix(shown)
         position.evaluated = True
+        self.tick()
+        position.began = position.seconds
         self.checkpoint()
 
-    def frozen_baseline(self) -> list[float]:
-        """KA of the frozen baseline over the whole stream, while the model is still the untouched one."""
-        material = self.material
-        tests = [t for t in material.tests if t.role == "adaptation" and t.task == "classification"]
-        taught = (material.numbers([concepts]) for concepts in material.stream)
-        with tqdm(desc="frozen baseline", unit="img", leave=False) as progress:
+    def score(self) -> tuple[dict, dict]:
+        """The lines of metrics.jsonl, but for the costs, and of concepts.jsonl; a run's first say more."""
+        run, material, asked = self.run, self.material, self.recipe.evaluation
+        first, last = not run.scored, run.position.update == run.position.updates
+        scores, whole = self.scorer.score(full=first or last)
+        line = {"update": run.position.update, **as_metrics(scores), "drift": self.scorer.drift()}
+        by_concept = {"update": run.position.update, "datasets": concept_scores(scores)}
+        if first:
+            by_concept["classes"] = {test.name: test.classes for test in material.tests}
+        stream = [[(concept.dataset, concept.label) for concept in update] for update in material.stream]
+        before = [] if first else read_lines(run.folder / "concepts.jsonl")
+        line["transfer"] = transfer([*before, by_concept], stream)
+        if whole:
+            line["full"] = as_metrics(whole)
+        if first:
+            line["roles"] = {test.name: test.role for test in material.tests}
+            line |= {"allowed": self.allowed(), "stream": composition(material.stream)}
+            if asked.frozen:
+                line["frozen"] = self.scorer.frozen_baseline()
+        if last and self.tuned:
+            line["keeps"] = self.scorer.keep_curve(run.weights_before(), self.tuned, asked.keeps)
+            self.tuned = {}
+        return line, by_concept
 
-            def features(samples: Samples, numbers: np.ndarray) -> torch.Tensor:
-                return image_features(self.clip, samples, numbers, self.device, progress.update)
+    def spent(self) -> dict:
+        """What the life has cost so far."""
+        position, work = self.run.position, self.work
+        steps = position.samples // self.recipe.optimizer.batch_size
+        gflops = steps * work.gflops_per_step + position.update * work.gflops_per_update
+        return {
+            "steps": steps,
+            "samples": position.samples,
+            "gflops": gflops,
+            "mafs": gflops * work.multiplier,
+            "seconds": round(position.seconds, 3),
+        }
 
-            return trajectory(map(material.by_dataset, taught), tests, features) if tests else []
+    def allowed(self) -> dict:
+        """What each update may cost, in the units that the budget speaks of."""
+        budget, position = self.recipe.budget, self.run.position
+        return {
+            "steps": position.steps or None,
+            "mafs": budget.gflops and budget.gflops / position.updates,
+            "seconds": budget.hours and budget.hours * 3600,
+        }
+
+
+def planned_steps(recipe: Recipe, work: Work, updates: int) -> int:
+    """Optimizer steps per update (N); 0 for a budget in hours, which are timed."""
+    total = recipe.budget.gflops
+    if total is None:
+        return recipe.steps or 0
+    steps = work.steps(total, updates)
+    if steps < 1:
+        found = f"{total:g} is too little for one step in each of {updates} updates"
+        raise UserError(f"budget.gflops: {found}, accepted: at least {work.minimum(updates):.4g}")
+    return steps
 
 
 def set_temperature(model: nn.Module, temperature: Temperature) -> None:
@@ -290,34 +322,29 @@ def machine() -> dict:
     return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device on CUDA, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # Linux; its ru_maxrss would include the process that started this one
-    if status.exists():
-        return (
-            next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line) * 1024
-        )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def default_folder(recipe_path: str, recipe: Recipe, data: str | None) -> Path:
-    parts = [Path(recipe_path).stem, Path(recipe.scale).stem, *([Path(data).stem] if data else [])]
-    return Path("runs") / "-".join([*parts, f"seed{recipe.seed}"])
+def live_through(recipe: Recipe, folder: Path, *, resume: bool, device: str, workers: int = 0) -> None:
+    """Run `recipe` in the run folder, to its end or to where it is interrupted."""
+    place = pick_device(device, recipe.threads)
+    run, checkpoint = Run.open(folder, recipe, resume)
+    try:
+        if run.position.finished:
+            return
+        # A life that has begun carries its model with it: all weights are in the checkpoint.
+        own = run.folder / "model" if checkpoint else None
+        clip = load(None, str(own)) if own and own.exists() else starting_model(recipe.model, place)
+        life = Life(recipe, clip, run, place, workers)
+        data = datafile.content(datafile.read(recipe.data))
+        run.begin(recipe, data, life.material.life(), checkpoint)
+        if checkpoint:
+            life.restore(checkpoint)
+        life.live()
+    finally:
+        run.close()
 
 
 def run_recipe(recipe: Recipe, folder: Path, *, resume: bool, device: str, workers: int = 0) -> str:
     """Run `recipe` in the run folder and write its report; -> a line about what came of it."""
-    place = pick_device(device, recipe.threads)
-    run, checkpoint = Run.open(folder, recipe, resume)
-    if not run.position.finished:
-        life = Life(recipe, starting_model(recipe.model, place), run, place, workers)
-        run.begin(recipe, checkpoint)
-        if checkpoint:
-            life.restore(checkpoint)
-        life.live()
+    live_through(recipe, folder, resume=resume, device=device, workers=workers)
     report = write_report([folder])
     first, *_, last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     changes = [

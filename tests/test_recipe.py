@@ -43,7 +43,18 @@ def test_scale_defaults_reach_only_methods_that_have_the_field(small_scale):
 
 
 def test_a_budget_replaces_the_scales_budget(small_scale):
-    assert load(None, scale=str(small_scale), overrides=["budget.samples=24"]).budget.steps is None
+    recipe = load(None, scale=str(small_scale), overrides=["budget.samples=24", "budget.fisher=per_step"])
+    assert recipe.budget.steps is None and recipe.steps == 2 and recipe.budget.fisher == "per_step"
+    assert load(None, scale=str(small_scale), overrides=["budget.fisher=per_step"]).budget.steps == 4
+    assert load(None, scale=str(small_scale), overrides=["budget.gflops=1e6"]).steps is None
+
+
+def test_a_model_that_is_not_the_scales_gets_the_peak_of_pretrained_models(small_scale):
+    """1e-5 at a batch of 512, by a square root to the scale's 12; a named peak stays."""
+    model = {"scale": str(small_scale), "model": "ViT-B-32/laion2b_s34b_b79k"}
+    assert load(None, **model).optimizer.lr == pytest.approx(1e-5 * (12 / 512) ** 0.5, rel=1e-3)
+    assert load(None, **model, overrides=["optimizer.lr=3e-6"]).optimizer.lr == 3e-6
+    assert load(None, scale=str(small_scale)).optimizer.lr == 1e-2
 
 
 def test_the_resolved_recipe_repeats_itself(tmp_path, small_scale):
@@ -77,8 +88,11 @@ MISTAKES = {
     "method=finetune": "method: expected named fields with `name`, got 'finetune'",
     "schedule.name=cosin": "schedule.name: unknown 'cosin'",
     "schedule.meta=matched": "schedule.meta: ",
-    "schedule={name: wsd, meta: infinite}": "schedule.meta: infinite can be drawn",
-    "budget={samples: 3, steps: 4}": "budget: say exactly one of samples, steps",
+    "schedule={name: linear, meta: infinite}": "schedule.meta: 'infinite' does not exist for name 'linear'",
+    "budget={samples: 3, steps: 4}": "budget: say exactly one of gflops, samples, steps, hours, got samples, steps",
+    "budget.gflops=-1": "budget.gflops: must be positive, got -1",
+    "budget.hours=0": "budget.hours: must be positive, got 0",
+    "budget.fisher=twice": "budget.fisher: unknown 'twice'",
     "budget.steps=0": "budget.steps: must be at least 1, got 0",
     "budget.samples=11": "budget.samples: 11 is less than one batch of 12",
     "stream.updates=2.5": "stream.updates: expected a whole number, got 2.5",
