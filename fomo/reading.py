@@ -156,6 +156,19 @@ class Group:
                 return unit, self.updates[1:], shares.mean(axis=0)
         return None
 
+    def keep_curve(self) -> dict[float, dict[str, np.ndarray]] | None:
+        """keep -> score -> (R,): between the weights tuned by the last update (0) and those before it (1)."""
+        known = [of_run[-1].get("keeps") for of_run in self.lines]
+        if not all(known):
+            return None
+        before = [{key: of_run[-2][key] for key in SCORES} for of_run in self.lines]
+        curve = {row["keep"]: [of_run[i] for of_run in known] for i, row in enumerate(known[0])}
+        points = sorted({**curve, 1.0: before}.items())
+        return {
+            keep: {key: np.array([row[key] for row in rows], float) for key in SCORES}
+            for keep, rows in points
+        }
+
     @property
     def planned(self) -> int:
         """T, the updates of the whole life."""

@@ -31,6 +31,7 @@ from fomo.figures import (
     save,
     scores_figure,
     stream_figure,
+    sweep_figure,
     training_figure,
 )
 from fomo.files import write_atomically
@@ -50,6 +51,7 @@ SUMMARY = (
     "Percent after the last update, and the change from the untouched model; mean ± standard deviation over "
     "runs. On whole test sets where both ends were scored on them, else on the subset scored during the run."
 )
+WORTH = "Interpolations between the weights of the last update before any merge (0) and those before it (1)."
 TRANSFER = (
     "Forward: what concepts not yet taught gained; backward: how those taught have changed since; forgetting: "
     "their loss against their best. Drift: mean cosine between an image's features now and at first (1: none)."
@@ -189,6 +191,9 @@ def plots_of(group: Group, prefix: str) -> list[Plot]:
     if stream := first.first.get("stream"):
         note = f"The order of {first.name}." if len(group.records) > 1 else ""
         found.append(("stream", "which dataset feeds which update", stream_figure, stream, note))
+    if curve := group.keep_curve():
+        rows = [{"keep": keep, **{k: v.mean() for k, v in scores.items()}} for keep, scores in curve.items()]
+        found.append(("worth", "was the last update worth it?", sweep_figure, rows, WORTH))
     if spent := group.spent():
         found.append(("budget", "what each update spent", budget_figure, spent))
     return [Plot(prefix + name, f"{group.label}: {title}", *rest) for name, title, *rest in found]
@@ -197,6 +202,7 @@ def plots_of(group: Group, prefix: str) -> list[Plot]:
 def tables_of(group: Group, prefix: str) -> list[Table]:
     scored, note = f"Percent, on {SCORED}.", before_and_after(group)
     found = [
+        ("worth", "was the last update worth it?", worth_table(group), scored),
         ("updates", "updates", updates_table(group), scored),
         ("transfer", "transfer and drift", transfer_table(group), f"{scored} {TRANSFER}"),
         ("costs", "spent so far", costs_table(group), ""),
@@ -252,6 +258,24 @@ def test_sets(group: Group) -> str:
 
 def before_and_after(group: Group) -> str:
     return f"From the untouched model to the last update, percent, on {test_sets(group)}."
+
+
+def worth_table(group: Group) -> Columns:
+    """What else could have been done with the last update, beside what was."""
+    curve = group.keep_curve()
+    if curve is None:
+        return {}
+    named = {0.0: "plain finetuning (keep 0)", 1.0: "doing nothing (keep 1)"}
+    rows = [(named.get(keep, f"interpolated: keep {keep:g}"), scores) for keep, scores in curve.items()]
+    deployed = {key: group.values(key)[:, -1] for key in SCORES}
+    rows = [rows[-1], *rows[:-1], ("this update, as deployed", deployed)]
+    frozen = [of_run[0].get("frozen") for of_run in group.lines]
+    if all(frozen):
+        ka = np.array([of_run[group.updates[-1]] for of_run in frozen])
+        rows.insert(1, ("frozen features and ridge regression", {"ka": ka}))
+    missing = np.array([np.nan])
+    columns = {key.upper(): Values([scores.get(key, missing) for _, scores in rows]) for key in SCORES}
+    return {"instead": [title for title, _ in rows], **columns}
 
 
 def updates_table(group: Group) -> Columns:
