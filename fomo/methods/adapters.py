@@ -10,7 +10,7 @@ The model always holds the folded W, under open_clip's name; W₀ and the factor
 or merges a model knows nothing of adapters, and there is nothing to fold before deploying. A training step is
 
     forward, backward   as in any model; they end in the dense gradient G = ∂L/∂W
-    hook on W           ∂L/∂factor = Σ G ∂fold/∂factor, then G is dropped
+    hook on W           ∂L/∂factor = Σ G ∂fold/∂factor (`slopes`), then G is dropped
     optimizer           moves the factors, the only thing it sees
     after_step          W = fold(W₀, factors)
 
@@ -79,6 +79,10 @@ class Adapter(Method):
         """The formula. (P, out, in) -> (P, out, in)."""
         raise NotImplementedError
 
+    def slopes(self, dense: Tensor, base: Tensor, **factors: Tensor) -> Weights:
+        """∂L/∂factor of each trained factor, from `dense` = ∂L/∂fold (P, out, in)."""
+        raise NotImplementedError
+
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         self.generator.manual_seed(torch.initial_seed())
         weights = dict(model.named_parameters())
@@ -110,10 +114,12 @@ class Adapter(Method):
     def chain_rule(self, adapted: Adapted) -> Callable[[nn.Parameter], None]:
         """A hook: the gradient of the weight becomes gradients of its factors."""
 
+        @torch.no_grad()
         def hook(weight: nn.Parameter) -> None:
-            with torch.enable_grad():
-                folded = self.fold(adapted.base, **adapted.factors)
-            folded.backward(weight.grad.view_as(folded))
+            slopes = self.slopes(weight.grad.view_as(adapted.base), adapted.base, **adapted.factors)
+            for name, slope in slopes.items():
+                factor = adapted.factors[name]
+                factor.grad = slope if factor.grad is None else factor.grad + slope
             weight.grad = None
 
         return hook

@@ -90,3 +90,10 @@ class Method:
 
     def load_state(self, state: dict) -> None:
         """The inverse of `state`, after `prepare`."""
+
+    def cost(self, step: float, batch: int) -> tuple[float, float]:
+        """FLOPs on top of a training step's, which are counted (budget.py): (of each step, of each update).
+
+        After `prepare`. A step of `batch` pairs has `step` FLOPs, with what `penalty` and `optimizer` multiply.
+        """
+        return 0.0, 0.0

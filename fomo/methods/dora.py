@@ -27,6 +27,12 @@ class Dora(Lora):
         V = super().fold(base, A, B)
         return m / lengths(V.detach()) * V
 
+    def slopes(self, dense: Tensor, base: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Weights:
+        V = super().fold(base, A, B)
+        length = lengths(V)
+        of_m = (dense * V).sum(-1, keepdim=True) / length
+        return {"m": of_m, **super().slopes(m / length * dense, base, A, B)}
+
 
 def lengths(V: Tensor) -> Tensor:
     """(P, out, in) -> (P, out, 1). A row of zeros counts as 1e-12 long and stays what it is."""

@@ -13,6 +13,7 @@ Differs from the released code, in which trained weights are never stored, the F
 without its exponential, and only update data is seen.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ from fomo.clip import Features, contrastive_loss, encode
 from fomo.errors import FieldError
 from fomo.fields import at_least
 from fomo.methods.base import Inputs, Method, Weights
+from fomo.methods.pull import pull
 
 
 @dataclass
@@ -50,8 +52,7 @@ class Ewc(Method):
     def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
         if not self.fisher:
             return 0.0
-        terms = [(self.fisher[n] * (p - self.anchor[n]).square()).sum() for n, p in self.trained.items()]
-        return self.strength / 2 * torch.stack(terms).sum()
+        return self.strength / 2 * pull(self.fisher, self.anchor, self.trained)
 
     def after_update(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
         fresh = self.estimate(model, batches)
@@ -65,8 +66,9 @@ class Ewc(Method):
         total = {name: torch.zeros_like(p) for name, p in self.trained.items()}
         seen = count = 0
         for batch in batches:
-            on_cuda = batch.images.device.type == "cuda"  # there as in training, by default
-            with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=on_cuda):
+            device = batch.images.device.type
+            half = device == "cuda" or torch.is_autocast_enabled(device)  # as in training, by default
+            with torch.autocast(device, torch.bfloat16, enabled=half):
                 features = encode(model, batch.images, batch.tokens)
             loss = contrastive_loss(features)
             gradients = torch.autograd.grad(loss, list(self.trained.values()), materialize_grads=True)
@@ -85,3 +87,7 @@ class Ewc(Method):
             {name: tensor.to(self.trained[name].device) for name, tensor in state[key].items()}
             for key in ("anchor", "fisher")
         )
+
+    def cost(self, step: float, batch: int) -> tuple[float, float]:
+        """The Fisher's batches: a forward and a backward pass each, as in a step."""
+        return 0.0, math.ceil(self.samples / batch) * step

@@ -16,7 +16,7 @@ renewal and on every machine; weights decay before the step and eps is added aft
 torch.optim.AdamW does both; rank 16 is the paper plot's (the FoMo-in-Flux config says 8).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class GaLore(Method):
     gap: int = 200  # T: steps between renewals of the projection
     scale: float = 2.0  # α: on the step of projected matrices
     side: str = "std"
+    shapes: list[torch.Size] = field(default_factory=list, init=False)  # of projected matrices
 
     def __post_init__(self):
         at_least("method.rank", self.rank, 1)
@@ -48,12 +49,18 @@ class GaLore(Method):
         if self.rank > largest:
             problem = f"{self.rank} is above the shorter side of every matrix of this model"
             raise FieldError("method.rank", f"{problem}, accepted: 1 to {largest}")
+        self.shapes = [p.shape for p in parameters if p.ndim == 2 and self.rank < min(p.shape)]
         return parameters
 
     def optimizer(self, parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
         adamw = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
         own = {"rank": self.rank, "gap": self.gap, "scale": self.scale, "side": self.side}
         return GaLoreAdamW(parameters, {**adamw, **own})
+
+    def cost(self, step: float, batch: int) -> tuple[float, float]:
+        """The singular vectors, (6 m n² + 20 n³) / T for sides m >= n (Golub and Van Loan, table 8.6.1: R-SVD)."""
+        sides = ((max(shape), min(shape)) for shape in self.shapes)
+        return sum(6 * m * n**2 + 20 * n**3 for m, n in sides) / self.gap, 0.0
 
 
 class GaLoreAdamW(torch.optim.Optimizer):

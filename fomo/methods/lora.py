@@ -28,3 +28,6 @@ class Lora(Adapter):
 
     def fold(self, base: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return base + self.alpha * (B @ A)
+
+    def slopes(self, dense: Tensor, base: Tensor, A: Tensor, B: Tensor) -> Weights:
+        return {"A": self.alpha * (B.mT @ dense), "B": self.alpha * (dense @ A.mT)}

@@ -18,6 +18,7 @@ stores the trained weights.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from fomo.clip import Features
 from fomo.errors import FieldError
 from fomo.fields import at_least
 from fomo.methods.base import Inputs, Method, Weights
+from fomo.methods.pull import pull
 
 
 @dataclass
@@ -45,24 +47,28 @@ class SynapticIntelligence(Method):
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for name, p in self.trained.items():
+            p.register_post_accumulate_grad_hook(partial(self.remember, name))
         return list(self.trained.values())
+
+    def remember(self, name: str, parameter: nn.Parameter) -> None:
+        """When a gradient is there: earlier, the copy would lie beside all activations."""
+        self.before[name] = parameter.detach().clone()
 
     def before_update(self, model: nn.Module) -> None:
         self.anchor = {name: p.detach().clone() for name, p in self.trained.items()}
         self.path = {name: torch.zeros_like(p) for name, p in self.trained.items()}
 
     def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
-        self.before = {name: p.detach().clone() for name, p in self.trained.items()}
         if not self.importance:
             return 0.0
-        terms = [(self.importance[n] * (p - self.anchor[n]).square()).sum() for n, p in self.trained.items()]
-        return self.strength * torch.stack(terms).sum()
+        return self.strength * pull(self.importance, self.anchor, self.trained)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, lr: float) -> None:
         for name, p in self.trained.items():
             if p.grad is not None:
-                self.path[name].addcmul_(p.grad, p - self.before[name], value=-1)
+                self.path[name].addcmul_(p.grad, p - self.before.pop(name), value=-1)
 
     @torch.no_grad()
     def after_update(self, model: nn.Module, batches: Iterable[Inputs]) -> None:

@@ -35,3 +35,7 @@ class Vera(Adapter):
 
     def fold(self, base: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
         return base + b * (B @ (d * A))
+
+    def slopes(self, dense: Tensor, base: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Weights:
+        of_d = (B.mT @ (b * dense) * A).sum(-1, keepdim=True)
+        return {"d": of_d, "b": (dense * (B @ (d * A))).sum(-1, keepdim=True)}
