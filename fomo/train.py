@@ -1,32 +1,81 @@
 """The training step: forward, loss, backward, clipping, optimizer. Everything that trains runs through `train`."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomo.clip import Clip, contrastive_loss, encode
+from fomo.clip import Clip, Features, contrastive_loss, encode, text_tower, trimmable
 from fomo.datasets.crops import crop
 from fomo.datasets.samples import Batch
 from fomo.errors import UserError
 from fomo.methods import Method
 from fomo.methods.base import Inputs
 
+LENGTHS = (16, 32)  # of captions in a compiled model, beside the whole context
+
+Encoder = Callable[[nn.Module, Tensor, Tensor], Features]
+
 
 def on_device(batches: Iterable[Batch], clip: Clip, device: torch.device) -> Iterator[Inputs]:
     """Batches as the model takes them: moved, cropped and normalised on the device."""
+    layout = torch.channels_last if convolutional(clip.model.visual) else torch.contiguous_format
+    for canvas, boxes, tokens, pools in moved(batches, device):
+        images = crop(canvas, boxes, clip.image_size, clip.mean, clip.std)
+        yield Inputs(images.contiguous(memory_format=layout), tokens, pools)
+
+
+def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on the device; on CUDA the next one is copied there while the model works on this one."""
+    if device.type != "cuda":
+        yield from (Batch(*(t.to(device) for t in batch)) for batch in batches)
+        return
+    model, copies, ready = torch.cuda.current_stream(device), torch.cuda.Stream(device), None
     for batch in batches:
-        canvas, boxes, tokens, pools = (t.to(device, non_blocking=True) for t in batch)
-        yield Inputs(crop(canvas, boxes, clip.image_size, clip.mean, clip.std), tokens, pools)
+        model.wait_stream(copies)  # for `ready`, whose copy began a step ago
+        with torch.cuda.stream(copies):
+            coming = Batch(*(t.to(device, non_blocking=True) for t in batch))
+        for tensor in coming:
+            tensor.record_stream(model)  # else a later copy could take its memory while it is in use
+        if ready is not None:
+            yield ready
+        ready = coming
+    model.wait_stream(copies)
+    if ready is not None:
+        yield ready
+
+
+def convolutional(visual: nn.Module) -> bool:
+    """A ViT has one convolution, which cuts the patches; a tower of many is faster with channels last."""
+    return sum(isinstance(module, nn.Conv2d) for module in visual.modules()) > 1
+
+
+def compiled() -> Encoder:
+    """`encode`, compiled once for each of a few lengths of text: captions are padded to the next of LENGTHS."""
+    fast = torch.compile(encode, dynamic=False)
+
+    def encoder(model: nn.Module, images: Tensor, tokens: Tensor) -> Features:
+        text, length = text_tower(model), tokens.shape[1]
+        if trimmable(text):
+            longer = min(n for n in (*LENGTHS, len(text.attn_mask)) if n >= length)
+            tokens = F.pad(tokens, (0, longer - length))
+        return fast(model, images, tokens)
+
+    return encoder
 
 
 class Precision:
     """Mixed precision: what the forward pass computes in. The weights are float32 always.
 
-    auto: on CUDA bf16, or fp16 with loss scaling where bf16 is missing; float32 elsewhere.
+    auto: on CUDA bf16, or fp16 with loss scaling where bf16 is missing; float32 elsewhere. What mixed precision
+    leaves in float32 may use CUDA's TF32; with float32 nothing does.
     """
 
     def __init__(self, name: str, device: torch.device):
@@ -37,6 +86,9 @@ class Precision:
         self.device = device
         self.dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("highest" if name == "float32" else "high")
+            torch.backends.cudnn.allow_tf32 = name != "float32"
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
@@ -63,20 +115,26 @@ def train(
     clip_norm: float,
     max_scale: float | None,
     start: int = 0,
+    accumulate: int = 1,
+    compile: bool = False,
 ) -> Iterator[Step]:
-    """Take one optimizer step per batch and yield after each. `rate(step)` is the learning rate."""
+    """Take one optimizer step per batch and yield after each. `rate(step)` is the learning rate.
+
+    `accumulate`: in how many parts a batch goes through the model, for one that does not fit in memory whole.
+    Nothing here reads a value back from the device, but for fp16's scaler.
+    """
     model, scaler = clip.model, precision.scaler  # the scaler passes everything through but in fp16
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    encoder = compiled() if compile else encode
     for number, batch in enumerate(on_device(batches, clip, device), start):
         model.train()
         lr = rate(number)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with precision.autocast():
-            features = encode(model, batch.images, batch.tokens)
-            penalty = method.penalty(model, batch, features)
-        loss = contrastive_loss(features) + penalty
-        scaler.scale(loss).backward()
+        if accumulate == 1:
+            loss = backward(model, encoder, method, batch, precision)
+        else:
+            loss = backward_in_parts(model, encoder, method, batch, precision, accumulate)
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
         scale = scaler.get_scale()  # 1 but in fp16
@@ -88,7 +146,50 @@ def train(
         if scaler.get_scale() >= scale:  # else the gradients overflowed fp16 and the step was left out
             method.after_step(model, lr)
         optimizer.zero_grad(set_to_none=True)
-        yield Step(number, lr, loss.detach(), grad_norm.detach())
+        yield Step(number, lr, loss, grad_norm.detach())
+
+
+def backward(
+    model: nn.Module, encoder: Encoder, method: Method, batch: Inputs, precision: Precision
+) -> Tensor:
+    """Add the batch's gradients to the parameters' own; -> its loss."""
+    with precision.autocast():
+        features = encoder(model, batch.images, batch.tokens)
+        penalty = method.penalty(model, batch, features)
+    loss = contrastive_loss(features) + penalty
+    precision.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def backward_in_parts(
+    model: nn.Module, encoder: Encoder, method: Method, batch: Inputs, precision: Precision, count: int
+) -> Tensor:
+    """The same gradients with the graph of one part in memory at a time (GradCache, arXiv 2101.06983).
+
+    First all features without a graph, and the loss's slopes by them; then each part once more, whose graph takes
+    its rows of the slopes to the weights. A penalty counts as the mean over parts. Every count-th pair is in the
+    same part, so that all parts have the mixture. A batch norm sees the parts, not the batch.
+    """
+    parts = [Inputs(*(tensor[i::count] for tensor in batch)) for i in range(count)]
+    with torch.no_grad(), precision.autocast():
+        cached = [encoder(model, part.images, part.tokens) for part in parts]
+    images, texts, (scale, *_), (bias, *_) = zip(*cached, strict=True)
+    whole = [torch.cat(images), torch.cat(texts), scale, *([] if bias is None else [bias])]
+    leaves = [tensor.detach().requires_grad_() for tensor in whole]
+    loss = contrastive_loss(Features(*leaves))
+    slopes = torch.autograd.grad(loss, leaves)
+    sizes = [len(part.images) for part in parts]
+    rows = zip(*(slope.split(sizes) for slope in slopes[:2]), strict=True)
+    for part, size, own in zip(parts, sizes, rows, strict=True):
+        share = size / sum(sizes)
+        with precision.autocast():
+            features = encoder(model, part.images, part.tokens)
+            penalty = method.penalty(model, part, features)
+        own = [*own, *(share * slope for slope in slopes[2:])]  # all parts have the scale and the bias
+        linear = sum((value * slope).sum() for value, slope in zip(features, own, strict=False))
+        precision.scaler.scale(linear + share * penalty).backward()
+        loss = (loss + share * penalty).detach()
+    return loss
 
 
 class Timed:
@@ -128,3 +229,15 @@ def pick_device(name: str, threads: int | None = None) -> torch.device:
             f"--device {name}: not available here, accepted: {', '.join(k for k, v in available.items() if v)}"
         )
     return torch.device(name)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device on CUDA, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")  # Linux; its ru_maxrss would include the process that started this one
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if "VmHWM" in line)
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,36 +1,56 @@
 """The training step against a plain one, and mixed precision."""
 
+from functools import partial
+
+import open_clip
 import pytest
 import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fomo.clip import contrastive_loss, encode, new
 from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches, pool_of
-from fomo.datasets.samples import Collection, Samples
-from fomo.methods import Method
+from fomo.datasets.samples import Batch, Collection, Samples
+from fomo.methods import Method, build_method
+from fomo.methods.base import Inputs
 from fomo.pretrain import starting_model
 from fomo.recipe import Optimizer, load
-from fomo.train import Precision, on_device, train
+from fomo.train import Precision, backward, backward_in_parts, compiled, moved, on_device, train
 
 CPU = torch.device("cpu")
 SETTINGS = Optimizer(lr=1e-2, batch_size=8)
 
 
-def steps(small_scale, precision):
-    """Four steps on the pretraining pool -> (losses, the model)."""
+def clip_and_batches(small_scale, size=8, count=4):
     recipe = load(None, scale=str(small_scale))
     clip = starting_model(recipe.model, CPU)
     data = datafile.read(recipe.data)
     pool = Collection([Samples(s, clip, clip.image_size, "pool") for s in data.pool()])
-    batches = Batches([("pretraining", pool_of(pool, (0,)), 8)], 0, 0, 4)
+    return clip, Batches([("pretraining", pool_of(pool, (0,)), size)], 0, 0, count)
+
+
+def steps(small_scale, precision, **options):
+    """Four steps on the pretraining pool -> (losses, the model, the batches)."""
+    clip, batches = clip_and_batches(small_scale)
     optimizer = Method().optimizer(list(clip.model.parameters()), SETTINGS)
     done = train(clip, Method(), optimizer, batches.loader(), lambda step: 1e-2, device=CPU,
-                 precision=Precision(precision, CPU), clip_norm=1.0, max_scale=100.0)  # fmt: skip
+                 precision=Precision(precision, CPU), clip_norm=1.0, max_scale=100.0, **options)  # fmt: skip
     return [step.loss.item() for step in done], clip, batches
 
 
-def test_a_step_is_open_clips_loss_clipping_and_adamw(small_scale):
-    import open_clip
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
+
+def assert_close(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_step_is_open_clips_loss_clipping_and_adamw(small_scale):
     losses, ours, batches = steps(small_scale, "float32")
     clip = starting_model(load(None, scale=str(small_scale)).model, CPU)
     optimizer = torch.optim.AdamW(clip.model.parameters(), lr=1e-2, weight_decay=0.2)
@@ -59,3 +79,212 @@ def test_mixed_precision_follows_float32_with_float32_weights(small_scale, preci
     assert mixed[0] == pytest.approx(full[0], rel=0.01) and mixed[0] != full[0]
     assert all(p.isfinite().all() for p in clip.model.parameters()) and mixed[-1] < mixed[0]
     assert all(p.dtype == torch.float32 for p in clip.model.parameters())
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(small_scale, count):
+    """8 pairs also in 3 parts of unequal size, and one by one; the scale's gradient counts once."""
+    clip, batches = clip_and_batches(small_scale)
+    (batch, *_) = on_device(batches.loader(), clip, CPU)
+    whole = backward(clip.model, encode, Method(), batch, Precision("float32", CPU))
+    expected = gradients(clip.model)
+    clip.model.zero_grad()
+    loss = backward_in_parts(clip.model, encode, Method(), batch, Precision("float32", CPU), count)
+    assert loss.item() == pytest.approx(whole.item(), abs=1e-5) and not loss.requires_grad
+    assert_close(gradients(clip.model), expected)
+    assert expected["logit_scale"].abs() > 1e-4
+
+
+def test_training_in_parts_takes_the_same_steps(small_scale):
+    whole, one, _ = steps(small_scale, "float32")
+    parts, other, _ = steps(small_scale, "float32", accumulate=3)
+    assert parts == pytest.approx(whole, abs=1e-5)
+    assert other.model.logit_scale.item() == pytest.approx(one.model.logit_scale.item(), abs=1e-5)
+
+
+class Sigmoid(nn.Module):
+    """Two linear towers with the scale and the bias of SigLIP."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encode_image, self.encode_text = nn.Linear(3, 4), nn.Linear(3, 4)
+        self.logit_scale, self.logit_bias = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(-1.0))
+
+
+def test_a_logit_bias_counts_once_too():
+    model = Sigmoid()
+    batch = Inputs(*torch.randn(2, 5, 3), torch.zeros(5, dtype=torch.int64))
+    backward(model, encode, Method(), batch, Precision("float32", CPU))
+    expected = gradients(model)
+    model.zero_grad()
+    backward_in_parts(model, encode, Method(), batch, Precision("float32", CPU), 2)
+    assert_close(gradients(model), expected)
+
+
+def test_penalties_of_parts_add_up(small_scale):
+    """One that depends on the weights alone counts once; one that is a mean over pairs is their mean."""
+
+    class Both(Method):
+        def penalty(self, model, batch, features):
+            weights = sum(p.square().sum() for p in model.parameters())
+            return 0.1 * weights + (features.image_features * features.text_features).sum(1).mean()
+
+    clip, batches = clip_and_batches(small_scale)
+    (batch, *_) = on_device(batches.loader(), clip, CPU)
+    whole = backward(clip.model, encode, Both(), batch, Precision("float32", CPU))
+    expected = gradients(clip.model)
+    clip.model.zero_grad()
+    loss = backward_in_parts(clip.model, encode, Both(), batch, Precision("float32", CPU), 3)
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+    assert_close(gradients(clip.model), expected)
+
+
+def test_parts_have_the_mixture_of_the_batch():
+    """Distillation needs pairs of the pretraining pool in each part; a batch has them at its beginning."""
+    seen = []
+
+    class Spy(Method):
+        def penalty(self, model, batch, features):
+            seen.append(batch.pools.tolist())
+            return 0.0
+
+    pools = torch.tensor([0, 0, 1, 1, 2, 2])
+    batch = Inputs(*torch.randn(2, 6, 3), pools)
+    backward_in_parts(Sigmoid(), encode, Spy(), batch, Precision("float32", CPU), 2)
+    assert seen == [[0, 1, 2], [0, 1, 2]]
+
+
+def losses_of(small_scale, name, accumulate):
+    clip, batches = clip_and_batches(small_scale)
+    method = build_method({"name": name})
+    torch.manual_seed(0)
+    parameters = method.prepare(clip.model)
+    method.before_update(clip.model)
+    if name == "ewc":
+        method.after_update(clip.model, on_device(batches.loader(), clip, CPU))  # from here it has a penalty
+    optimizer = method.optimizer(parameters, SETTINGS)
+    done = train(clip, method, optimizer, batches.loader(), lambda step: 1e-2, device=CPU, clip_norm=1.0,
+                 precision=Precision("float32", CPU), max_scale=None, accumulate=accumulate)  # fmt: skip
+    return [step.loss.item() for step in done]
+
+
+@pytest.mark.parametrize("name", ["ewc", "si", "lora", "dora"])
+def test_methods_take_the_same_steps_in_parts(small_scale, name):
+    assert losses_of(small_scale, name, 2) == pytest.approx(losses_of(small_scale, name, 1), abs=1e-5)
+
+
+def test_distillation_in_parts_compares_within_each_part(small_scale):
+    """At the first step model and teacher agree and the term is 0; then each part has its own."""
+    parts, whole = losses_of(small_scale, "distill", 2), losses_of(small_scale, "distill", 1)
+    assert parts[0] == pytest.approx(whole[0], abs=1e-5) and parts[-1] < parts[0]
+    assert parts[2] == pytest.approx(whole[2], rel=0.1) and parts[2] != whole[2]
+
+
+def test_checkpointing_changes_no_gradient_and_keeps_less(small_scale):
+    clip, batches = clip_and_batches(small_scale)
+    (batch, *_) = on_device(batches.loader(), clip, CPU)
+    found, kept = [], []
+    for enable in (False, True):
+        clip.model.set_grad_checkpointing(enable)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t
+        ):
+            loss = contrastive_loss(encode(clip.model, batch.images, batch.tokens))
+        loss.backward()
+        found.append(gradients(clip.model))
+        kept.append(sum(sizes))
+        clip.model.zero_grad()
+    assert_close(*found)
+    assert kept[1] < 0.8 * kept[0]
+
+
+def test_a_compiled_model_is_compiled_once_for_each_of_three_lengths(small_scale, monkeypatch):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    clip, _ = clip_and_batches(small_scale)
+    encoder, images = compiled(), torch.randn(2, 3, 32, 32)
+    for length in (5, 9, 16, 17, 30, 32, 33, 60, 77, 12):
+        tokens = torch.randint(1, 40000, (2, length))
+        tokens[:, -1] = 49407
+        with torch.no_grad():
+            ours, plain = encoder(clip.model, images, tokens), encode(clip.model, images, tokens)
+        assert_close(
+            ours._asdict() | {"logit_bias": torch.zeros(())},
+            plain._asdict() | {"logit_bias": torch.zeros(())},
+        )
+    assert counter.frame_count == 3
+
+
+@pytest.mark.slow
+def test_compiled_training_takes_the_same_steps(small_scale):
+    torch._dynamo.reset()
+    eager, _, _ = steps(small_scale, "float32")
+    fast, _, _ = steps(small_scale, "float32", compile=True)
+    assert fast == pytest.approx(eager, abs=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: values read back, shapes that depend on values."""
+
+    waiting = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.waiting:
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_reads_no_value_back_from_the_device(small_scale, accumulate):
+    clip, batches = clip_and_batches(small_scale)
+    optimizer = Method().optimizer(list(clip.model.parameters()), SETTINGS)
+    loaded = [batches[step] for step in range(4)]  # a DataLoader reads the seed that it draws
+    with Reads() as reads:
+        done = train(clip, Method(), optimizer, loaded, lambda step: 1e-2, device=CPU, clip_norm=1.0,
+                     precision=Precision("float32", CPU), max_scale=100.0, accumulate=accumulate)  # fmt: skip
+        last = list(done)[-1]
+        assert not reads.found
+        last.loss.item()
+        assert reads.found
+
+
+def test_towers_of_convolutions_get_channels_last_and_compute_the_same():
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "layers": [1, 1, 1, 1],
+            "width": 8,
+            "head_width": 8,
+            "image_size": 64,
+            "patch_size": None,
+        },
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    clip = new(config, 0)
+    clip.model.eval()
+    canvas = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    boxes = torch.tensor([[0.0, 0.0, 64.0, 64.0]] * 2)
+    batch = Batch(canvas, boxes, torch.zeros(2, 5, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    (inputs,) = on_device([batch], clip, CPU)
+    assert inputs.images.is_contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        last, first = (
+            clip.model.encode_image(images) for images in (inputs.images, inputs.images.contiguous())
+        )
+    torch.testing.assert_close(last, first, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_arrive_on_a_gpu_in_order_and_whole():
+    batches = [Batch(*(torch.full((64, 64, 64, 3), i).pin_memory() for _ in range(4))) for i in range(8)]
+    for i, batch in enumerate(moved(batches, torch.device("cuda"))):
+        torch.cuda._sleep(10**7)
+        assert all((tensor == i).all() for tensor in batch)
