@@ -1,5 +1,6 @@
 # `make` alone prints what there is. Every target installs what it needs by itself.
 PYTHON ?= python3
+SCALE ?= tiny
 VENV := .venv
 PY := $(VENV)/bin/python
 # Real pictures for the tests that use them; those tests skip where the folder is absent.
@@ -25,10 +26,8 @@ lint: $(VENV)/installed-dev ## ruff: mistakes and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-reproduce: $(VENV)/installed ## finetuning against merging, three seeds each, and one report of all six
-	for seed in 0 1 2; do for recipe in finetune merge; do \
-	  $(PY) fomo.py update --recipe recipes/$$recipe.yaml --seed $$seed --resume || exit 1; done; done
-	$(PY) fomo.py report runs/finetune-tiny-seed[012] runs/merge-tiny-seed[012] -o results/tiny/report.html
+reproduce: $(VENV)/installed ## every study of the guide; make reproduce SCALE=b32 on a GPU; tiny: hours on 2 CPU cores
+	$(PY) fomo.py reproduce --scale $(SCALE)
 
 clean: ## remove the environment and the runs (the cache in ~/.cache/fomo stays)
 	rm -rf $(VENV) runs results .pytest_cache .ruff_cache

@@ -28,6 +28,7 @@ import PIL
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from fomo.datasets.sources import Source
+from fomo.errors import FieldError
 from fomo.fields import at_least, one_of
 
 VERSION = 2  # raise it whenever a pixel or a caption changes
@@ -398,6 +399,13 @@ class Domain:
     def prompt(self) -> str:
         return f"a picture of the {self.noun}."
 
+    def __reduce__(self):
+        return domain_of, (self.name,)  # to a process that is not forked: draw functions cannot be pickled
+
+
+def domain_of(name: str) -> Domain:
+    return DOMAINS[name]
+
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 COUNTS = {f"{word} dot{'s' * (n > 1)}": n for n, word in enumerate(NUMBERS, 1)}
@@ -556,6 +564,7 @@ class World(Source):
     seed: int = 0
     size: int = 32  # side of a picture, in pixels
     concepts: list[str] | int | None = None  # present ones: class names, or the first so many of each domain
+    wrong_captions: float = 0.0  # share of the pictures that have the caption of another one
     split_field = "per_concept"
 
     def __post_init__(self):
@@ -564,6 +573,8 @@ class World(Source):
         one_of("style", self.style, STYLES)
         for name, least in (("per_concept", 1), ("size", 8), ("seed", 0)):
             at_least(name, getattr(self, name), least)
+        if not 0 <= self.wrong_captions <= 1:
+            raise FieldError("wrong_captions", f"a share from 0 to 1, got {self.wrong_captions:g}")
         domains = [d for d in ALL_DOMAINS if self.domain in (d.name, d.kind)]
         self.members = [(d, concept) for d in domains for concept in d.concepts]  # by label
         if self.domain in POOLS:
@@ -587,7 +598,13 @@ class World(Source):
         return render(*self.place(index), split=self.split, seed=self.seed, style=self.style, size=self.size)
 
     def captions(self, index: int) -> list[str]:
-        return [caption(*self.place(index), split=self.split, seed=self.seed, style=self.style)]
+        shown = self.captioned(index) if self.wrong_captions else index
+        return [caption(*self.place(shown), split=self.split, seed=self.seed, style=self.style)]
+
+    def captioned(self, index: int) -> int:
+        """The picture that the caption of `index` is about: mostly its own."""
+        rng = np.random.default_rng([self.seed, crc32(b"wrong captions"), index])
+        return int(rng.integers(len(self))) if rng.random() < self.wrong_captions else index
 
     def place(self, index: int) -> tuple[str, str, int]:
         """(domain, concept, number within the concept) of a sample."""
@@ -601,4 +618,5 @@ class World(Source):
     def key(self) -> str:
         present = np.unique(self.labels).tolist()
         what = (self.domain, self.split, self.style, self.seed, self.size, self.per_concept, present)
-        return f"world {VERSION} {what} pillow {PIL.__version__} numpy {np.__version__}"
+        wrong = f" {self.wrong_captions:g} wrong" if self.wrong_captions else ""
+        return f"world {VERSION} {what} pillow {PIL.__version__} numpy {np.__version__}{wrong}"

@@ -1,5 +1,6 @@
 """The rendered world: the same picture everywhere, every domain in every style, true captions."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from fomo.datasets.world import COLOURS, DOMAINS, POOLS, STYLES, World, caption, render
-from fomo.errors import UserError
+from fomo.errors import FieldError, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -160,3 +161,20 @@ def test_functions_refuse_unknown_concepts_too():
     for function in (render, caption):
         with pytest.raises(UserError, match=r"concept: unknown 'ten'.*accepted: zero, one"):
             function("digits", "ten", 0)
+
+
+def test_wrong_captions_are_those_of_other_pictures_and_pixels_stay():
+    right = World("digits", 40)
+    wrong = World("digits", 40, wrong_captions=0.5)
+    captions = [source.captions(i) for source in (right, wrong) for i in range(400)]
+    changed = sum(a != b for a, b in zip(captions[:400], captions[400:], strict=True))
+    assert 160 < changed < 230  # half of 400, but for those that hit a caption like their own
+    assert {caption for (caption,) in captions[400:]} <= {caption for (caption,) in captions[:400]}
+    assert right.image(7).tobytes() == wrong.image(7).tobytes() and right.key() != wrong.key()
+    with pytest.raises(FieldError, match="wrong_captions: a share from 0 to 1, got 2"):
+        World("digits", 40, wrong_captions=2)
+
+
+def test_a_world_can_be_sent_to_a_process_that_is_not_forked():
+    again = pickle.loads(pickle.dumps(World("base", 2, style="mixed")))
+    assert again.captions(5) == World("base", 2, style="mixed").captions(5)
