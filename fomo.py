@@ -23,6 +23,8 @@ class Commands(click.Group):
             status, message = 2, str(error)
         except Failure as error:
             status, message = 1, str(error)
+        except BrokenPipeError:  # `| head` has seen enough: click ends quietly
+            raise
         except OSError as error:  # a full disk, a folder that may not be written
             status, message = 1, " ".join(str(error).split())
         except KeyboardInterrupt:  # before the run has anything to save
@@ -74,18 +76,71 @@ def cli():
 
 @cli.command()
 @click.option("--recipe", "path", metavar="FILE", help="One experiment; by default recipes/guide.yaml.")
-@click.option("--out", metavar="DIR", help="The run folder; by default runs/RECIPE-SCALE-seedN.")
+@click.option("--out", metavar="DIR", help="The run folder; by default runs/RECIPE-SCALE-seedN or runs/DATA.")
 @click.option("--resume", is_flag=True, help="Go on where the run folder stands.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
 @options("model", "data", "scale", "set", "seed", "device", "workers")
-def update(path, out, resume, device, workers, **said):
-    """Take a model through every update of a recipe and evaluate it after each."""
-    from fomo.recipe import load
-    from fomo.update import default_folder, run_recipe
+def update(path, out, resume, dry_run, device, workers, **said):
+    """Take a model through every update of a recipe and evaluate it after each.
+
+    --data may be a folder of pictures (class folders, a table, tar shards): one update teaches them all.
+    """
+    from fomo.own import settled
 
     path = path or Path(__file__).parent / "recipes" / "guide.yaml"
-    recipe = load(path, **said)
-    folder = Path(out) if out else default_folder(path, recipe, said["data"])
-    print(run_recipe(recipe, folder, resume=resume, device=device, workers=workers))
+    with settled(path, out, resume, dry_run, **said) as (recipe, folder):
+        if dry_run:
+            from fomo.forecast import foresee
+
+            print(foresee(recipe, device))
+        else:
+            from fomo.update import run_recipe
+
+            print(run_recipe(recipe, folder, resume=resume, device=device, workers=workers))
+
+
+@cli.command("continue")
+@click.argument("run", metavar="RUN")
+@click.option("--data", required=True, metavar="FILE|DIR", help="What the next update teaches.")
+@click.option("--out", metavar="DIR", help="The child's run folder; by default beside RUN, as RUN-updateN.")
+@options("device", "workers")
+def go_on(run, data, out, device, workers):
+    """The next update of a finished run, as a child run: its buffer is all that earlier updates taught."""
+    from fomo.lineage import continue_run
+    from fomo.update import run_recipe
+
+    recipe, folder = continue_run(Path(run), data, out)
+    print(run_recipe(recipe, folder, resume=True, device=device, workers=workers))
+
+
+@cli.command()
+@click.argument("run", metavar="RUN")
+def log(run):
+    """Every update that a run's model has lived through, its parents' too."""
+    from fomo.lineage import history
+
+    print(history(Path(run)))
+
+
+@cli.command()
+@click.argument("run", metavar="RUN")
+@click.option("--to", "update_number", type=click.IntRange(min=0), required=True, metavar="N")
+def rollback(run, update_number):
+    """Deploy update N again: model/ holds it and `continue` starts from it. Nothing is deleted."""
+    from fomo.lineage import roll_back
+
+    print(roll_back(Path(run), update_number))
+
+
+@cli.command()
+@click.argument("run", metavar="RUN")
+@click.argument("a", type=click.IntRange(min=0))
+@click.argument("b", type=click.IntRange(min=0))
+def diff(run, a, b):
+    """Which concepts got better and worse from update A to update B."""
+    from fomo.lineage import compare
+
+    print(compare(Path(run), a, b))
 
 
 @cli.command()
@@ -159,13 +214,99 @@ def stream(plot, out, device, order, updates, per_dataset, reverse, **said):
 
 
 @cli.command()
+@click.option("--methods", metavar="A,B", help="Names in recipes/methods; by default all of them.")
+@click.option(
+    "--updates", default="20,50,100,200", show_default=True, metavar="T,T", help="Columns of steps."
+)
+@click.option(
+    "--memory-table", metavar="FILE", help="CSV method,peak_gib: peaks in place of the counted ones."
+)
+@click.option(
+    "--fisher", type=click.Choice(["once", "per_step"]), help="How EWC's Fisher pass is charged; the scale's."
+)
+@click.option("--measure", "measured", is_flag=True, help="Also measure each peak on this CUDA device.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@options("scale", "set", "model")
+def budget(methods, updates, memory_table, fisher, measured, as_json, **said):
+    """What each method costs in FLOPs and memory, and how many steps a scale's budget buys. Needs no GPU."""
+    from fomo.budget import make_table
+
+    table = make_table(methods, updates, memory_table, fisher, measured, said)
+    print(table.as_json() if as_json else table.as_text())
+
+
+@cli.command()
+@click.option("--recipe", "paths", multiple=True, required=True, metavar="FILE", help="Several are overlaid.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), metavar="N", help="Per update; by default what the budget allows."
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Every step as a line update,step,lr.")
+@click.option("--plot", metavar="FILE", help="Draw the whole life (.png, .svg).")
+@options("scale", "set", "seed")
+def schedule(paths, steps, as_csv, plot, **said):
+    """Show the learning rate over a life: per update, as CSV, or drawn. Needs no data."""
+    from fomo.lifetime import preview, read_lives
+
+    print(preview(read_lives(paths, steps, said), as_csv=as_csv, picture=plot))
+
+
+@cli.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("-o", "out", metavar="FILE.html", help="By default report.html in the first run.")
 def report(runs, out):
-    """Draw one or several runs: the KA-ZS plane, scores over updates, what each dataset gained or lost."""
+    """Draw one or several runs: the KA-ZS plane, scores over updates, what each dataset gained or lost.
+
+    -o FILE.html also writes the figures as PNG and SVG and the tables as CSV, to FILE_files beside it.
+    """
     from fomo.report import write_report
 
     print(write_report([Path(run) for run in runs], Path(out) if out else None))
+
+
+@cli.command()
+@click.argument("studies", nargs=-1, metavar="[STUDY]...")
+@click.option("--seeds", metavar="S,S,...", help="By default those of each study: 0,1,2.")
+@click.option(
+    "--shard", metavar="I/N", help="Only the I-th of N parts of the runs, for a cluster's job array."
+)
+@click.option("--dry-run", is_flag=True, help="List the runs with estimated hours; write nothing.")
+@click.option("--out", metavar="DIR", help="Runs and results; by default results/SCALE.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Runs side by side; by default one per core, or per GPU."
+)
+@options("scale", "device")
+def reproduce(studies, seeds, scale, **said):
+    """Run the guide's studies (recipes/studies, all or the named ones) and say which of its claims hold."""
+    from fomo.reproduce import reproduce, whole_numbers
+
+    print(reproduce(studies, scale=scale or "tiny", seeds=whole_numbers("--seeds", seeds), **said))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="tiny or open_clip's name; by default tiny and ViT-B-32.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=2), help="By default what suits the model and the device."
+)
+@click.option("--turns", type=click.IntRange(min=1), default=5, show_default=True, help="Of each side.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Of torch on the CPU; by default the scale's or all."
+)
+@options("data", "device", "workers")
+def bench(as_json, models, **how):
+    """Training speed beside open_clip's own loop, side by side on this machine: minutes."""
+    import json
+
+    from fomo.bench import MODELS, compare_models, text
+
+    found = compare_models(models or MODELS, **how)
+    print(json.dumps(found, indent=2) if as_json else text(found))
 
 
 @cli.group()

@@ -4,13 +4,12 @@ import time
 
 import torch
 
-from fomo.budget import Work, architecture, work_of
+from fomo.budget import Work, architecture, planned_steps, work_of
 from fomo.counting import Fake, new_model
 from fomo.datasets import datafile
 from fomo.datasets.stream import concepts_of
 from fomo.recipe import Recipe
 from fomo.train import Precision, pick_device
-from fomo.update import planned_steps
 
 USED = 0.4  # of the matrix rate that training reaches: a guess until the run has timed itself
 SIDE = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # of the matrices that are multiplied

@@ -48,16 +48,14 @@ def steps_of(recipe: Recipe, path: str) -> int:
     if recipe.budget.hours is not None:
         found = f"{recipe.budget.hours:g} hours are as many steps as the machine makes of them"
         raise UserError(f"{path}: budget.hours: {found}; say the steps per update with --steps N")
-    if recipe.budget.gflops is not None:
-        from fomo.budget import work_of  # brings torch
+    if recipe.budget.gflops is None:
+        return recipe.steps
+    from fomo.budget import planned_steps, work_of  # brings torch
 
-        work, updates = work_of(recipe), recipe.stream.updates
-        steps = work.steps(recipe.budget.gflops, updates)
-        if not steps:
-            found = f"{recipe.budget.gflops:g} do not pay for one step per update"
-            raise UserError(f"{path}: budget.gflops: {found}, accepted: at least {work.minimum(updates):.4g}")
-        return steps
-    return recipe.steps
+    try:
+        return planned_steps(recipe, work_of(recipe), recipe.stream.updates)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def preview(lives: list[Lifetime], *, as_csv: bool = False, picture: str | None = None) -> str:

@@ -30,8 +30,8 @@ from fomo.errors import UserError
 from fomo.fields import read_yaml
 from fomo.files import write_atomically
 from fomo.own import is_data_file
-from fomo.recipe import Recipe, load
 from fomo.reading import read_lines
+from fomo.recipe import Recipe, load
 from fomo.run import Position, Run, file_hash, held, read_checkpoint, same_file
 
 SHOWN = 12  # concepts of either kind in a comparison

@@ -134,9 +134,14 @@ class Optimizer:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
+    accumulate: int = 1  # parts that a batch goes through the model in; its loss stays that of the whole
 
     def __post_init__(self):
         at_least("optimizer.batch_size", self.batch_size, 2)
+        at_least("optimizer.accumulate", self.accumulate, 1)
+        if self.accumulate > self.batch_size:
+            found = f"{self.accumulate} parts of {self.batch_size} pairs"
+            raise FieldError("optimizer.accumulate", f"{found}, accepted: at most a part per pair")
         for name in ("lr", "eps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -193,6 +198,8 @@ class Recipe:
     seed: int = 0
     precision: str = "auto"  # float32, bf16, fp16; auto: bf16 (or fp16) autocast on CUDA, float32 elsewhere
     threads: int | None = None  # of torch on the CPU; torch's default
+    compile: bool = False  # torch.compile, for a few lengths of captions
+    checkpointing: bool = False  # compute each block again in the backward pass: less memory, more time
     stream: Stream = field(default_factory=Stream)
     mixture: Mixture = field(default_factory=Mixture)
     budget: Budget = field(default_factory=Budget)

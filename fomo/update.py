@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fomo.budget import Work, work_of
+from fomo.budget import Work, planned_steps, work_of
 from fomo.clip import Clip, load
 from fomo.datasets import datafile
 from fomo.datasets.samples import Batch
@@ -45,10 +45,12 @@ class Life:
         self.method = build_method(recipe.method)
         self.material = open_material(recipe, clip, run.life())
         run.position.updates = len(self.material.stream)
-        self.work = work_of(recipe)
+        self.work = counted(recipe)
         if not run.position.steps:  # else an earlier process has planned, or timed, them
             run.position.steps = planned_steps(recipe, self.work, run.position.updates)
         set_temperature(self.model, recipe.temperature)
+        if recipe.checkpointing:
+            self.model.set_grad_checkpointing()
         self.method.keep_in(run.folder)
         torch.manual_seed(recipe.seed)  # of what methods draw in `prepare`
         self.parameters = self.method.prepare(self.model)
@@ -170,6 +172,8 @@ class Life:
             clip_norm=recipe.optimizer.clip_norm,
             max_scale=recipe.temperature.max,
             start=start,
+            accumulate=recipe.optimizer.accumulate,
+            compile=recipe.compile,
         )
 
     def calibrate(self) -> None:
@@ -278,12 +282,12 @@ class Life:
         """What the life has cost so far."""
         position, work = self.run.position, self.work
         steps = position.samples // self.recipe.optimizer.batch_size
-        gflops = steps * work.gflops_per_step + position.update * work.gflops_per_update
+        gflops = work and steps * work.gflops_per_step + position.update * work.gflops_per_update
         return {
             "steps": steps,
             "samples": position.samples,
             "gflops": gflops,
-            "mafs": gflops * work.multiplier,
+            "mafs": work and gflops * work.multiplier,
             "seconds": round(position.seconds, 3),
         }
 
@@ -297,16 +301,15 @@ class Life:
         }
 
 
-def planned_steps(recipe: Recipe, work: Work, updates: int) -> int:
-    """Optimizer steps per update (N); 0 for a budget in hours, which are timed."""
-    total = recipe.budget.gflops
-    if total is None:
-        return recipe.steps or 0
-    steps = work.steps(total, updates)
-    if steps < 1:
-        found = f"{total:g} is too little for one step in each of {updates} updates"
-        raise UserError(f"budget.gflops: {found}, accepted: at least {work.minimum(updates):.4g}")
-    return steps
+def counted(recipe: Recipe) -> Work | None:
+    """What training costs; None where it cannot be counted and the budget does not need it."""
+    try:
+        return work_of(recipe)
+    except UserError as problem:
+        if recipe.budget.gflops or recipe.budget.hours:
+            raise
+        print(f"{problem}; metrics.jsonl will not say the GFLOPs", file=sys.stderr)
+        return None
 
 
 def set_temperature(model: nn.Module, temperature: Temperature) -> None:
@@ -350,7 +353,8 @@ def run_recipe(recipe: Recipe, folder: Path, *, resume: bool, device: str, worke
     changes = [
         f"{key.upper()} {first[key]:.1f} -> {last[key]:.1f}" for key in ("ka", "zs") if first[key] is not None
     ]
-    return f"{', '.join(changes)} in {last['update']} updates; report: {report}"
+    lived = last["update"] - first["update"]
+    return f"{', '.join(changes)} in {lived} update{'s' * (lived != 1)}; report: {report}"
 
 
 def score_model(recipe: Recipe, device: str) -> dict:

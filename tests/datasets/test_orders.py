@@ -353,7 +353,8 @@ def test_the_command_line_goes_over_the_recipe():
 def test_the_scales_load_with_the_papers_budget_and_any_data(scale):
     recipe = load(ROOT / "guide.yaml", scale=scale)
     assert recipe.stream.updates == 20 and recipe.optimizer.batch_size == 512
-    assert recipe.steps == (100 if scale == "b32" else 1420)
+    assert recipe.budget.gflops == {"b16": 1.8e9, "b32": 4.53e7}.get(scale)
+    assert recipe.steps == (None if scale in ("b16", "b32") else 1420)
     assert recipe.optimizer.lr == 1e-5 and recipe.method["keep"] == 0.9
     assert recipe.evaluation.subset == 0.1 and recipe.evaluation.keep_weights == 3
     assert Path(recipe.data).name == ("hub.yaml" if scale == "b32" else "fomo_in_flux.yaml")
