@@ -26,7 +26,8 @@ class Commands(click.Group):
         except BrokenPipeError:  # `| head` has seen enough: click ends quietly
             raise
         except OSError as error:  # a full disk, a folder that may not be written
-            status, message = 1, " ".join(str(error).split())
+            told = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            status, message = 1, " ".join(told.split())
         except KeyboardInterrupt:  # before the run has anything to save
             status, message = 130, "interrupted"
         except Interrupted as stop:

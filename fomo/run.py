@@ -1,7 +1,8 @@
 """The run folder: everything one `update` read, did and made.
 
 A checkpoint is complete or absent: it is written aside, flushed, hashed, and renamed to a name that carries the
-hash, so a truncated or altered file is recognised by its name and the one before it is used.
+hash, so a truncated or altered file is recognised by its name and the one before it is used. Those that end an
+update are kept under a second name, for `continue` and for the case that the newest are all damaged.
 """
 
 import fcntl
@@ -11,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,7 @@ import yaml
 from fomo.clip import NOT_TENSORS, Clip, save
 from fomo.errors import Interrupted, UserError, one_line
 from fomo.fields import read_yaml
-from fomo.files import OnDisk, settle, write_atomically, write_tensors
+from fomo.files import OnDisk, naming, settle, staged, write_atomically, write_tensors
 from fomo.recipe import Recipe, dump
 
 FORMAT = 1  # of a run folder: raised when an older fomo could not go on with it
@@ -55,6 +57,7 @@ class Run:
     position: Position = field(default_factory=Position)
     signum: int = 0
     lock: IO | None = None  # held as long as it is open
+    handlers: dict = field(default_factory=dict)  # of signals, before this run took them over
 
     @classmethod
     def open(cls, folder: Path, recipe: Recipe, resume: bool) -> tuple["Run", dict | None]:
@@ -82,6 +85,8 @@ class Run:
 
     def close(self) -> None:
         """Let other processes work on the folder; a run that was refused before it began leaves nothing."""
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
         if not (self.folder / "recipe.yaml").exists():
             (self.folder / "lock").unlink(missing_ok=True)
         self.lock.close()
@@ -112,7 +117,8 @@ class Run:
         for log in LOGS:
             cut_back(self.folder / log, lengths.get(log, 0))
         for signum in (signal.SIGTERM, signal.SIGINT):  # noted, and acted on at the next `check`
-            signal.signal(signum, lambda number, frame: setattr(self, "signum", number))
+            taken = signal.signal(signum, lambda number, frame: setattr(self, "signum", number))
+            self.handlers[signum] = taken
 
     def save_checkpoint(self, **content) -> None:
         """content: nested dicts of tensors and plain numbers."""
@@ -120,30 +126,56 @@ class Run:
         state = self.folder / "state"
         staging = state / "writing.pt"
         head = {"format": FORMAT, "position": vars(self.position), "logs": logs}
-        torch.save({**head, **content}, staging)
-        digest = file_hash(staging)
-        numbers = [int(p.name.split("-")[0]) for p in checkpoints(state)]
-        newest = state / f"{max(numbers, default=0) + 1:06d}-{digest}.pt"
-        settle(staging, newest)
+        try:
+            with naming(staging):
+                with open(staging, "wb") as file:  # given a path, torch does not say why it failed
+                    torch.save({**head, **content}, file)
+                self.name_checkpoint(staging)
+        finally:
+            staging.unlink(missing_ok=True)
         for old in checkpoints(state)[:-KEPT_CHECKPOINTS]:
             old.unlink()
-        if self.position.step == 0 and self.position.evaluated:  # what `continue` may start from
-            ended = state / f"update_{self.position.update:03d}-{digest}.pt"
-            ended.unlink(missing_ok=True)
-            same_file(newest, ended)
+
+    def name_checkpoint(self, staging: Path) -> None:
+        """As the newest; at the end of an update also as that which `continue` may start from, and first so."""
+        digest, state = file_hash(staging), staging.parent
+        numbers = [int(p.name.split("-")[0]) for p in checkpoints(state)]
+        newest = state / f"{max(numbers, default=0) + 1:06d}-{digest}.pt"
+        if self.position.step or not self.position.evaluated:
+            settle(staging, newest)
+            return
+        ended = state / f"update_{self.position.update:03d}-{digest}.pt"
+        settle(staging, ended)
+        same_file(ended, newest)
+        for other in state.glob(f"update_{self.position.update:03d}-*.pt"):  # of an attempt that was killed
+            if other != ended:
+                other.unlink()
 
     def latest_checkpoint(self) -> dict | None:
         """The newest checkpoint whose bytes are those that were written."""
-        for path in reversed(checkpoints(self.folder / "state")):
+        state = self.folder / "state"
+        for path in reversed([*sorted(state.glob("update_*-*.pt")), *checkpoints(state)]):
             if checkpoint := read_checkpoint(path):
                 return checkpoint
+            print(f"{path}: damaged, passed over", file=sys.stderr)
+        if (self.folder / "parent.yaml").exists():  # it cannot begin by itself
+            raise UserError(f"{state}: no checkpoint is whole; make this run again with `continue`")
         return None
 
     def log(self, name: str, line: dict) -> None:
-        with open(self.folder / name, "a", encoding="utf-8") as file:
+        path = self.folder / name
+        with naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    @property
+    def model(self) -> Path:
+        """The deployed model. A process that died between the two renames of `save_model` left it aside."""
+        place, aside = self.folder / "model", self.folder / "model.old"
+        if aside.exists() and not place.exists():
+            aside.rename(place)
+        return place
 
     def weights_before(self) -> OnDisk:
         """The newest weights that are kept from before this update."""
@@ -161,7 +193,7 @@ class Run:
         self.save_model(clip)
 
     def save_model(self, clip: Clip) -> None:
-        fresh, place, old = (self.folder / name for name in ("model.part", "model", "model.old"))
+        fresh, place, old = self.folder / "model.part", self.model, self.folder / "model.old"
         shutil.rmtree(fresh, ignore_errors=True)
         save(clip, fresh)
         shutil.rmtree(old, ignore_errors=True)
@@ -176,11 +208,14 @@ class Run:
 
 
 def held(path: Path) -> IO:
-    """The lock of a run folder. It ends with the process that holds it, however that ends."""
+    """The lock of a run folder. It ends with the process that holds it, however that ends.
+
+    Data workers do not inherit it, as they would flock's: those of a killed process live a few seconds longer.
+    """
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  closing it lets go
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # either, says POSIX
         file.seek(0)
         holder = file.read().strip() or "another process"
         file.close()
@@ -201,8 +236,8 @@ def same_recipe(path: Path, recipe: Recipe) -> None:
 def differences(before: dict, now: dict, where: str = "") -> list[str]:
     """The dotted names of the fields that differ."""
     found = []
-    for key in now:
-        a, b = before.get(key), now[key]
+    for key in {**now, **before}:
+        a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{where}{key}.")
         elif a != b:
@@ -234,7 +269,8 @@ def same_file(path: Path, other: Path) -> None:
     try:
         os.link(path, other)
     except OSError:
-        shutil.copyfile(path, other)
+        with staged(other) as staging:
+            shutil.copyfile(path, staging)
 
 
 def file_hash(path: Path) -> str:
@@ -251,5 +287,8 @@ def size_of(path: Path) -> int:
 
 def cut_back(path: Path, length: int) -> None:
     """Drop lines written after the checkpoint: they will be written again."""
-    if size_of(path) > length:
+    size = size_of(path)
+    if size < length:
+        raise UserError(f"{path}: {size} bytes, and {length} when its checkpoint was written; restore it")
+    if size > length:
         os.truncate(path, length)

@@ -333,7 +333,7 @@ def live_through(recipe: Recipe, folder: Path, *, resume: bool, device: str, wor
         if run.position.finished:
             return
         # A life that has begun carries its model with it: all weights are in the checkpoint.
-        own = run.folder / "model" if checkpoint else None
+        own = run.model if checkpoint else None
         clip = load(None, str(own)) if own and own.exists() else starting_model(recipe.model, place)
         life = Life(recipe, clip, run, place, workers)
         data = datafile.content(datafile.read(recipe.data))
