@@ -14,8 +14,8 @@ from pathlib import Path
 from fomo.datasets import datafile
 from fomo.datasets.infer import as_data_file
 from fomo.datasets.stream import concepts_of
-from fomo.errors import UserError
 from fomo.recipe import Recipe, load
+from fomo.run import refuse_used
 
 PASSES = 10
 BATCHES = (16, 512)  # smallest and largest
@@ -52,8 +52,7 @@ def settled(
     with tempfile.TemporaryDirectory() as nowhere:
         place = Path(nowhere) if dry else folder
         file = place / "data.yaml"
-        if (place / "recipe.yaml").exists() and not resume:
-            raise UserError(f"{folder}: this run exists; go on with --resume, or choose another with --out")
+        refuse_used(place, resume)
         if not (resume and file.exists()):  # else it may have been edited
             as_data_file(data, place)
         yield load(path, data=str(file), fitted=fitted(file), **said), folder

@@ -67,10 +67,7 @@ class Run:
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
-        if not resume and {path.name for path in folder.iterdir()} - {"data.yaml", "lock"}:
-            raise UserError(
-                f"{folder}: this run exists; go on with --resume, or choose another folder with --out"
-            )
+        refuse_used(folder, resume)
         run = cls(folder, lock=held(folder / "lock"))
         try:
             if (folder / "recipe.yaml").exists():
@@ -205,6 +202,16 @@ class Run:
     def check(self) -> None:
         if self.signum:
             raise Interrupted(self.signum)
+
+
+def refuse_used(folder: Path, resume: bool) -> None:
+    """A new run begins in an empty folder, or in one that has nothing but an inferred data file."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    inferred = "data.yaml" in names and (folder / "data.yaml").read_bytes().startswith(b"# Inferred from")
+    if not resume and names - {"lock"} - ({"data.yaml"} if inferred else set()):
+        raise UserError(
+            f"{folder}: this run exists; go on with --resume, or choose another folder with --out"
+        )
 
 
 def held(path: Path) -> IO:

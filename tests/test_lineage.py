@@ -149,6 +149,13 @@ def test_what_cannot_go_on_is_one_line(life, tmp_path):
         assert "Traceback" not in done.output
 
 
+def test_a_folder_with_other_things_in_it_is_left_alone(life, tmp_path):
+    (tmp_path / "data.yaml").write_text("mine")
+    done = invoke("update", "--data", life / "flags", "--out", tmp_path)
+    assert done.exit_code == 2 and "--out" in done.stderr
+    assert (tmp_path / "data.yaml").read_text() == "mine"
+
+
 def test_a_buffer_that_changed_is_named(life):
     picture = next((life / "flags").rglob("3.png"))
     content = picture.read_bytes()
