@@ -12,8 +12,10 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from fomo.clip import load as load_model
+from fomo.errors import UserError
 from fomo.material import batches_of, open_material
 from fomo.recipe import load
+from fomo.update import run_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -159,3 +161,53 @@ def test_the_tiny_scale_learns_what_it_is_taught(tmp_path):
     first, *_, last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert last["ka"] - first["ka"] > 15
     assert last["peak_memory"] < 2 << 30
+
+
+def test_an_infinite_schedule_deploys_a_branch_and_goes_on_from_the_trunk(small_scale, tmp_path, monkeypatch):
+    """Without warm-up and with half an update of cooldown, the trunk of 4 steps is 2 steps at a constant rate."""
+    from fomo.budget import work_of
+    from fomo.methods import Method
+    from fomo.run import read_checkpoint
+
+    common = ["stream.updates=2", "evaluation.frozen=false"]
+    wsd = "schedule={name: wsd, meta: infinite, warmup: 0, cooldown: 0.5}"
+    recipe = load(None, scale=str(small_scale), overrides=[*common, "budget.steps=4", wsd])
+    work_of(recipe)  # counted now: counting lives through updates, too
+    starts = []
+    original = Method.before_update
+    monkeypatch.setattr(
+        Method,
+        "before_update",
+        lambda self, model: starts.append(self.export(model)) or original(self, model),
+    )
+    run_recipe(recipe, tmp_path / "infinite", resume=False, device="cpu")
+    begun = list(starts)
+    constant = "schedule={name: constant, warmup: 0}"
+    recipe = load(None, scale=str(small_scale), overrides=[*common, "budget.steps=2", constant])
+    run_recipe(recipe, tmp_path / "constant", resume=False, device="cpu")
+    trunk = load_file(tmp_path / "constant/weights/update_001.safetensors")
+    branch = load_file(tmp_path / "infinite/weights/update_001.safetensors")
+    assert all(torch.equal(begun[1][name], trunk[name]) for name in trunk)
+    assert any(not torch.equal(branch[name], trunk[name]) for name in trunk)
+    (kept,) = (tmp_path / "infinite/state").glob("update_001-*.pt")
+    assert all(torch.equal(read_checkpoint(kept)["trunk"][name], trunk[name]) for name in trunk)
+
+
+def test_a_budget_in_gflops_buys_steps_and_says_what_it_needs(small_scale, tmp_path):
+    """At the tests' scale the whole is counted: what one update of finetuning costs buys it again."""
+    from fomo.budget import work_of
+
+    work = work_of(load(None, scale=str(small_scale)))
+    total = 3 * 5 * work.gflops_per_step
+    recipe = load(None, scale=str(small_scale), overrides=[f"budget.gflops={total}"])
+    run_recipe(recipe, tmp_path / "run", resume=False, device="cpu")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["steps"] for line in lines] == [0, 5, 10, 15]
+    assert lines[-1]["mafs"] == pytest.approx(total) and lines[0]["allowed"]["mafs"] == pytest.approx(
+        total / 3
+    )
+    poor = load(None, scale=str(small_scale), overrides=["budget.gflops=1e-3"])
+    with pytest.raises(
+        UserError, match=r"budget\.gflops: 0.001 is too little for one step in each of 3 updates"
+    ):
+        run_recipe(poor, tmp_path / "poor", resume=False, device="cpu")
