@@ -20,7 +20,7 @@ update: $(VENV)/installed ## the main job: a tiny CLIP lives through its updates
 	$(PY) fomo.py update --recipe recipes/merge.yaml --resume
 
 test: $(VENV)/installed-dev ## the whole test suite
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev ## ruff: mistakes and formatting
 	$(VENV)/bin/ruff check .
