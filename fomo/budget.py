@@ -83,7 +83,9 @@ def work_of(recipe: Recipe) -> Work:
     counted = kept(training)
     finetuning = kept(dataclasses.replace(training, method={"name": "finetune"}))
     per_step, per_update = counted.step_flops / 1e9, counted.update_flops / 1e9
-    if recipe.budget.fisher == "per_step" and innermost(recipe.method) == "ewc":  # as the paper's Table 4
+    if (
+        recipe.budget.fisher == "per_step" and innermost(recipe.method)["name"] == "ewc"
+    ):  # as the paper's Table 4
         per_step, per_update = per_step + per_update, 0.0
     multiplier = round(counted.peak_memory / finetuning.peak_memory, 4)
     return Work(per_step, per_update, counted.peak_memory, multiplier)
@@ -194,7 +196,7 @@ class Table:
             line.append(f"{work.peak_memory / 2**30:.2f}")
             line += [f"{self.measured[name] / 2**30:.2f}"] if self.measured else []
             line.append(f"{work.multiplier:.4f}")
-            line += ["-" if PAPER[name] is None else f"{PAPER[name]:.4f}"] if self.paper else []
+            line += ["-" if PAPER.get(name) is None else f"{PAPER[name]:.4f}"] if self.paper else []
             line.append(f"{work.mafs_per_step:,.4f}")
             lines.append([*line, *(f"{work.steps(self.total_gflops, n):,}" for n in self.updates)])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -215,8 +217,9 @@ def make_table(
 ) -> Table:
     """`said`: scale, overrides, ... as recipe.load takes them."""
     names = [name.strip() for name in methods.split(",")] if methods else list(PAPER)
+    known = (*PAPER, *sorted({path.stem for path in (ROOT / "methods").glob("*.yaml")} - PAPER.keys()))
     for name in names:
-        one_of("--methods", name, tuple(PAPER))
+        one_of("--methods", name, known)
     counts = whole_numbers(updates)
     peaks = read_peaks(memory_table) if memory_table else {}
     recipes = {name: recipe_of(name, fisher, said) for name in dict.fromkeys(["finetune", *names])}

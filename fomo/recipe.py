@@ -349,15 +349,17 @@ def merged(low: dict, high: dict) -> dict:
 
 def with_defaults(values: dict, defaults: dict, reference: int | None) -> dict:
     """Fill in the scale's `defaults` where the recipe leaves them open: keep, and lr by the innermost method
-    (finetune's for a method that the scale does not list), scaled from the batch size `reference`, if there is
-    one, by a square root, as suits AdamW (Malladi et al. 2022, arXiv 2205.10287)."""
+    (`lora-64` before `lora`; finetune's for a method that the scale does not list), scaled from the batch size
+    `reference`, if there is one, by a square root, as suits AdamW (Malladi et al. 2022, arXiv 2205.10287)."""
     from fomo.methods import accepted_fields, build_method, innermost  # methods import this module
 
     method = values.get("method", {"name": "finetune"})
     build_method(method)  # its own checks
     values = merged({"method": method, "optimizer": {}}, values)
     peaks = defaults.get("lr", {})
-    lr = peaks.get(innermost(method), peaks.get("finetune"))
+    inner = innermost(method)
+    known = (f"{inner['name']}-{inner.get('rank')}", inner["name"], "finetune")
+    lr = next((peaks[name] for name in known if name in peaks), None)
     said = values["optimizer"]
     if isinstance(said, dict) and said.get("lr") is None and lr is not None:
         size = said.get("batch_size")

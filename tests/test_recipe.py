@@ -144,3 +144,19 @@ def test_no_learning_rate_for_a_method_is_said(tmp_path, small_scale):
     path.write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=r"optimizer\.lr: not given"):
         load(None, scale=str(path))
+
+
+def test_a_peak_may_belong_to_a_rank(small_scale, tmp_path):
+    """The name with its rank, then the name, then finetune's; a merge asks for the method inside it."""
+    text = small_scale.read_text().replace("finetune: 1e-2", "finetune: 1e-2, lora: 2e-2, lora-8: 3e-2")
+    (tmp_path / "small.yaml").write_text(
+        text.replace("data: data.yaml", f"data: {small_scale.parent / 'data.yaml'}")
+    )
+    for spec, peak in (
+        ("{name: lora, rank: 8}", 3e-2),
+        ("{name: lora, rank: 4}", 2e-2),
+        ("{name: merge, tune: {name: lora, rank: 8}}", 3e-2),
+        ("{name: vera}", 1e-2),
+    ):
+        recipe = load(None, scale=str(tmp_path / "small.yaml"), overrides=[f"method={spec}"])
+        assert recipe.optimizer.lr == peak, spec

@@ -54,8 +54,8 @@ def accepted_fields(spec: dict) -> set[str]:
     return method_class(spec).accepted(spec)
 
 
-def innermost(spec: dict) -> str:
-    """The name of the method that tunes; merges wrap one."""
+def innermost(spec: dict) -> dict:
+    """The method that tunes; merges wrap one."""
     while method_class(spec) is Merge:
         spec = spec.get("tune", {"name": "finetune"})
-    return spec["name"]
+    return spec
