@@ -193,8 +193,8 @@ class Decision:
 
     @property
     def slack(self) -> float:
-        """How far the interval is on the right side of the margin; negative: not entirely."""
-        low, high = self.interval or (-math.inf, math.inf)
+        """How far the interval, or one seed's effect, is on the right side of the margin; negative: not entirely."""
+        low, high = self.interval or (self.effect, self.effect)
         margin = self.comparison.margin
         return {">": low - margin, "<": margin - high, "||": margin - max(-low, high)}[self.comparison.kind]
 
