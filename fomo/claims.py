@@ -193,7 +193,7 @@ class Decision:
 
     @property
     def slack(self) -> float:
-        """How far the interval, or one seed's effect, is on the right side of the margin; negative: not entirely."""
+        """How far the interval (one seed: the effect) is on the right side of the margin; negative: not whole."""
         low, high = self.interval or (self.effect, self.effect)
         margin = self.comparison.margin
         return {">": low - margin, "<": margin - high, "||": margin - max(-low, high)}[self.comparison.kind]
