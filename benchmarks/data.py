@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,20 +44,30 @@ class Words:
         return [np.arange(12, dtype=np.int32)] * len(texts)
 
 
+@dataclass
 class Imagined(Source):
-    """A pool of MANY pictures and captions, none of which exists before it is drawn."""
+    """Pictures and captions, or pictures of so many concepts, none of which exists before it is drawn."""
 
-    def __init__(self):
-        self.labels, self.cache = np.broadcast_to(np.int64(-1), MANY), "never"
+    pictures: int = MANY
+    concepts: int = 0
+    split_field = "pictures"
+
+    def __post_init__(self):
+        self.classes, self.cache = [f"thing {i}" for i in range(self.concepts)], "never"
+        unlabelled = np.broadcast_to(np.int64(-1), self.pictures)
+        self.labels = np.arange(self.pictures) % self.concepts if self.concepts else unlabelled
 
     def image(self, index: int) -> Image.Image:
         return Image.new("RGB", (SIZE, SIZE))
 
     def captions(self, index: int) -> list[str]:
-        return [f"picture {index}"]
+        return [] if self.concepts else [f"picture {index}"]
 
     def caption_counts(self) -> np.ndarray:
-        return np.broadcast_to(np.int64(1), MANY)
+        return np.broadcast_to(np.int64(not self.concepts), self.pictures)
+
+    def key(self) -> str:
+        return f"imagined {self.pictures} {self.concepts}"
 
 
 def write_pictures(folder: Path, count: int) -> None:

@@ -11,7 +11,7 @@ from fomo.clip import Clip
 from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches, Pool, pool_of, reservoir, sub_batches
 from fomo.datasets.orders import Known, Reference, make_stream
-from fomo.datasets.samples import Collection, Samples
+from fomo.datasets.samples import Collection, Samples, by_label
 from fomo.datasets.stream import Concept
 from fomo.errors import UserError
 from fomo.eval import TestSet, open_tests, subset
@@ -64,12 +64,11 @@ def open_material(recipe: Recipe, clip: Clip, life: dict | None = None) -> Mater
         samples = Samples(source, clip, size, name)
         parts.append(samples)
         by_name[name] = samples
-        usable = Collection([samples]).usable()
+        usable = by_label(source.labels, np.flatnonzero(samples.described()))
         for label, title in enumerate(source.classes) if source.classes else [(-1, name)]:
-            own = np.flatnonzero((source.labels == label) & usable)
-            if len(own):
+            if label in usable:
                 concepts.append(Concept(name, label, title, source.prompts[0]))
-                numbers[name, label] = start + own
+                numbers[name, label] = start + usable[label]
         start += len(samples)
     if not concepts:
         raise UserError(f"{data.path}: adaptation: no training pictures, there is nothing to learn")

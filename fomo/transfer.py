@@ -19,22 +19,33 @@ the newest. Concepts without a test picture are left out, and so are updates of 
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import NamedTuple
 
 Update = Sequence[tuple[str, int]]  # the (dataset, label) of its concepts
 
 
-def transfer(rows: Sequence[dict], stream: Sequence[Update]) -> dict[str, float | None]:
-    """The three after the newest of `rows` (lines of concepts.jsonl, from update 0 on); None where undefined."""
-    newest = rows[-1]["update"]
+class Row(NamedTuple):
+    """R[i]: T numbers, whatever the number of concepts."""
+
+    update: int  # i
+    scores: list[float | None]  # of updates 1 to T; None where no concept has a test picture
+
+
+def row_of(line: dict, stream: Sequence[Update]) -> Row:
+    """From a line of concepts.jsonl."""
+    return Row(line["update"], [accuracy_on(concepts, line) for concepts in stream])
+
+
+def transfer(rows: Sequence[Row]) -> dict[str, float | None]:
+    """The three after the newest of `rows`, which begin with update 0; None where undefined."""
+    newest = rows[-1].update
     backward, forgetting, forward = [], [], []
-    for update, concepts in enumerate(stream, start=1):
-        now = accuracy_on(concepts, rows[-1])
+    for i, now in enumerate(rows[-1].scores):
         if now is None:
             continue
-        if update > newest:
-            forward.append(now - accuracy_on(concepts, rows[0]))
-        elif since := [row for row in rows[:-1] if row["update"] >= update]:
-            then = [accuracy_on(concepts, row) for row in since]
+        if i + 1 > newest:
+            forward.append(now - rows[0].scores[i])
+        elif then := [row.scores[i] for row in rows[:-1] if row.update > i]:
             backward.append(now - then[0])
             forgetting.append(max(then) - now)
     return {
@@ -44,9 +55,9 @@ def transfer(rows: Sequence[dict], stream: Sequence[Update]) -> dict[str, float 
     }
 
 
-def accuracy_on(concepts: Update, row: dict) -> float | None:
+def accuracy_on(concepts: Update, line: dict) -> float | None:
     """Mean over those that have a test picture; None if none has."""
-    found = [concept_score(row["datasets"].get(dataset, []), label) for dataset, label in concepts]
+    found = [concept_score(line["datasets"].get(dataset, []), label) for dataset, label in concepts]
     known = [score for score in found if score is not None]
     return fmean(known) if known else None
 

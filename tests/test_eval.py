@@ -209,6 +209,15 @@ def test_top_5_is_what_counting_gives(count):
     assert accuracy(images, classes, labels).details["top5"] == pytest.approx(100 * found / 70)
 
 
+def test_accuracy_is_the_same_however_many_pictures_are_compared_at_a_time(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    images, classes = (torch.randn(n, 8, generator=generator) for n in (70, 9))
+    labels = torch.randint(9, (70,), generator=generator)
+    at_once = accuracy(images, classes, labels)
+    monkeypatch.setattr("fomo.eval.COMPARED", 16)
+    assert accuracy(images, classes, labels) == at_once
+
+
 def test_recall_by_class_on_an_unbalanced_set():
     """6 pictures of class 0 of which 3 are right, 1 of class 1 that is not, 2 of class 3 that are; none of 2."""
     labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 3, 3])

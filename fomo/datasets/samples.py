@@ -140,6 +140,13 @@ class Collection:
         return np.concatenate([part.described() for part in self.parts]) if self.parts else np.zeros(0, bool)
 
 
+def by_label(labels: np.ndarray, numbers: np.ndarray) -> dict[int, np.ndarray]:
+    """Label -> those of `numbers` that have it, in their order: one sort, however many labels there are."""
+    order = numbers[np.argsort(labels[numbers], kind="stable")]
+    found, starts = np.unique(labels[order], return_index=True)
+    return dict(zip(found.tolist(), np.split(order, starts)[1:], strict=True))
+
+
 def canvas_of(pictures: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:
     """Pictures (h, w, 3) of different shape -> (B, H, W, 3) uint8 and their (B, 2) heights and widths."""
     shapes = np.array([picture.shape[:2] for picture in pictures])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fomo.datasets.samples import Collection, Ragged, Samples, canvas_of, padded
+from fomo.datasets.samples import Collection, Ragged, Samples, by_label, canvas_of, padded
 from fomo.datasets.sources import Source
 
 
@@ -73,6 +73,16 @@ def test_padded_rows_end_with_zeros_up_to_the_longest(rows):
     longest = max(map(len, rows))
     assert out.dtype == torch.int64 and out.shape == (len(rows), longest)
     assert out.tolist() == [row + [0] * (longest - len(row)) for row in rows]
+
+
+@given(st.lists(st.integers(-1, 4), max_size=30), st.randoms())
+def test_numbers_by_label_are_those_that_a_search_for_each_label_finds(labels, random):
+    labels = np.array(labels, np.int64)
+    numbers = np.array(random.sample(range(len(labels)), len(labels) // 2), np.int64)
+    found = by_label(labels, numbers)
+    assert found.keys() == {labels[number] for number in numbers}
+    for label, own in found.items():
+        assert own.tolist() == [number for number in numbers if labels[number] == label]
 
 
 def test_pictures_stand_at_the_top_left_of_a_common_canvas():

@@ -1,0 +1,134 @@
+"""What several ranks on one machine are worth: N of one thread beside one process with N threads, and with one.
+
+    python benchmarks/ranks.py [--model tiny] [--ranks 2] [--batch-size 80] [--steps 25] [--turns 5]
+
+All train the same model on the same batches from the pixel cache, each side in processes of its own that sleep
+while the others take their turn. Target at tiny: two ranks are at least 0.9 times as fast as one process with two
+threads.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from itertools import count
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fomo.bench import SETTINGS, WARM, Case, case_of, lap, pictures_of, write_pictures  # noqa: E402
+from fomo.clip import new  # noqa: E402
+from fomo.datasets.mixture import Batches, pool_of  # noqa: E402
+from fomo.datasets.samples import Collection, Samples  # noqa: E402
+from fomo.methods import Method  # noqa: E402
+from fomo.ranks import Ranks, joined  # noqa: E402
+from fomo.train import Precision, Timed, train  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def turns_of(case: Case, folder: Path, ranks: Ranks) -> Iterator[float]:
+    """Samples/s of all ranks together."""
+    clip = new(case.config, seed=0)
+    samples = Collection([Samples(pictures_of(folder), clip, clip.image_size, "pictures")])
+    draws = [("update", pool_of(samples, (0,)), case.batch_size)]
+    optimizer = Method().optimizer(list(clip.model.parameters()), SETTINGS)
+    for number in count():
+        batches = Batches(draws, 0, number, WARM + case.steps).rows(ranks.number, ranks.count)
+        loader = Timed(batches.loader())
+        steps = train(
+            clip,
+            Method(),
+            optimizer,
+            loader,
+            lambda step: SETTINGS.lr,
+            device=CPU,
+            precision=Precision("float32", CPU),
+            clip_norm=SETTINGS.clip_norm,
+            max_scale=100.0,
+            ranks=ranks,
+        )
+        for step in steps:
+            if step.number + 1 == WARM:
+                lap(loader, CPU)
+        yield case.steps * case.batch_size / lap(loader, CPU)[0]
+
+
+def serve(pipe: Connection, case: Case, folder: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment, FOMO_CACHE=str(folder / "cache"))
+    torch.set_num_threads(case.threads)
+    with joined("cpu") as ranks, suppress(EOFError):
+        turns = turns_of(case, folder, ranks)
+        while True:
+            pipe.recv()
+            pipe.send(next(turns))
+
+
+@contextmanager
+def side(case: Case, folder: Path, processes: int) -> Iterator[Callable[[], float]]:
+    """Processes that wait for their turns; a turn gives the rate of the first."""
+    context, pipes, started = get_context("spawn"), [], []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for number in range(processes):
+        place = {**address, "RANK": str(number), "WORLD_SIZE": str(processes)}
+        ours, theirs = context.Pipe()
+        started.append(context.Process(target=serve, args=(theirs, case, folder, place)))
+        started[-1].start()
+        theirs.close()
+        pipes.append(ours)
+
+    def take_turn() -> float:
+        for pipe in pipes:
+            pipe.send(None)
+        return max(pipe.recv() for pipe in pipes)
+
+    try:
+        yield take_turn
+    finally:
+        for pipe in pipes:
+            pipe.close()
+        for process in started:
+            process.join()
+
+
+def main(model: str, ranks: int, batch_size: int | None, steps: int | None, turns: int) -> None:
+    case = case_of(model, batch_size, 1, "cpu", workers=0)
+    case = replace(case, steps=steps or case.steps)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        folder = Path(scratch)
+        write_pictures(case, None, folder)
+        sides = [
+            stack.enter_context(side(one, folder, processes))
+            for one, processes in ((case, ranks), (replace(case, threads=ranks), 1), (case, 1))
+        ]
+        done = [[take_turn() for take_turn in sides] for _ in range(turns + 1)][1:]  # the first fills caches
+    together, threads, one = (statistics.median(rates) for rates in zip(*done, strict=True))
+    print(f"{model}, batch {case.batch_size}, samples/s: {ranks} ranks {together:.0f}")
+    for name, rate, place in (
+        (f"one process, {ranks} threads", threads, 1),
+        ("one process, 1 thread", one, 2),
+    ):
+        ratios = sorted(rates[0] / rates[place] for rates in done)
+        spread = f"lowest {ratios[0]:.2f}, highest {ratios[-1]:.2f}, n = {turns}"
+        print(f"  {name} {rate:.0f}: ratio {statistics.median(ratios):.2f} ({spread})")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--turns", type=int, default=5)
+    main(**vars(parser.parse_args()))
