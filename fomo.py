@@ -87,17 +87,21 @@ def update(path, out, resume, dry_run, device, workers, **said):
     --data may be a folder of pictures (class folders, a table, tar shards): one update teaches them all.
     """
     from fomo.own import settled
+    from fomo.ranks import joined
 
     path = path or Path(__file__).parent / "recipes" / "guide.yaml"
-    with settled(path, out, resume, dry_run, **said) as (recipe, folder):
+    with (
+        joined(device) as ranks,
+        ranks.entered(settled(path, out, resume, dry_run, **said)) as (recipe, folder),
+    ):
         if dry_run:
             from fomo.forecast import foresee
 
-            print(foresee(recipe, device))
+            print(ranks.from_first(lambda: foresee(recipe, device)))
         else:
             from fomo.update import run_recipe
 
-            print(run_recipe(recipe, folder, resume=resume, device=device, workers=workers))
+            print(run_recipe(recipe, folder, resume=resume, device=device, workers=workers, ranks=ranks))
 
 
 @cli.command("continue")
@@ -108,10 +112,12 @@ def update(path, out, resume, dry_run, device, workers, **said):
 def go_on(run, data, out, device, workers):
     """The next update of a finished run, as a child run: its buffer is all that earlier updates taught."""
     from fomo.lineage import continue_run
+    from fomo.ranks import joined
     from fomo.update import run_recipe
 
-    recipe, folder = continue_run(Path(run), data, out)
-    print(run_recipe(recipe, folder, resume=True, device=device, workers=workers))
+    with joined(device) as ranks:
+        recipe, folder = ranks.from_first(lambda: continue_run(Path(run), data, out))
+        print(run_recipe(recipe, folder, resume=True, device=device, workers=workers, ranks=ranks))
 
 
 @cli.command()

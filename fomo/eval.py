@@ -13,7 +13,7 @@ N pictures, C classes, D embedding width.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -24,10 +24,12 @@ from torch import Tensor
 from fomo.clip import Clip, encode_text
 from fomo.datasets.crops import crop, per_channel
 from fomo.datasets.datafile import DataFile
-from fomo.datasets.samples import Collection, Samples, canvas_of, padded
+from fomo.datasets.samples import Collection, Samples, by_label, canvas_of, padded
 from fomo.errors import UserError
+from fomo.ranks import ALONE, Ranks
 
 IMAGES, TEXTS = 256, 64  # per forward pass; more texts at once would only be padded more
+COMPARED = 4096  # pictures that are compared with all classes at a time
 TOP = 5
 RANKS, RECALL_AT = (1, 5, 10), 5
 SHOWN = ("top5", "mean_per_class_recall", "recall@1", "recall@10")  # to people, beside the score
@@ -94,8 +96,7 @@ def subset(test: TestSet, share: float, seed: int) -> np.ndarray:
     rng = np.random.default_rng([seed, *test.name.encode()])
     shuffled = rng.permutation(len(numbers))
     rank = np.empty(len(numbers), dtype=np.int64)  # how many of the same class come before
-    for label in np.unique(labels):
-        own = shuffled[labels[shuffled] == label]
+    for own in by_label(labels, shuffled).values():
         rank[own] = np.arange(len(own))
     balanced = shuffled[rank[shuffled] < wanted // classes]
     rest = shuffled[rank[shuffled] >= wanted // classes]
@@ -104,16 +105,35 @@ def subset(test: TestSet, share: float, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def image_features(
-    clip: Clip, samples: Samples, numbers: np.ndarray, device: torch.device, tick: Callable
+    clip: Clip,
+    samples: Samples,
+    numbers: np.ndarray,
+    device: torch.device,
+    tick: Callable,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """(N, D) on the unit sphere."""
+
+    def encode(own: list[int]) -> Tensor:
+        pictures = [samples.pixels[int(i)] for i in own]
+        return clip.model.encode_image(central_images(clip, pictures, device))
+
     out = []
-    for start in range(0, len(numbers), IMAGES):
-        pictures = [samples.pixels[int(i)] for i in numbers[start : start + IMAGES]]
-        images = central_images(clip, pictures, device)
-        out.append(F.normalize(clip.model.encode_image(images).float(), dim=-1))
-        tick(len(pictures))
+    for start in range(0, len(numbers), IMAGES * ranks.count):
+        block = numbers[start : start + IMAGES * ranks.count]
+        out.append(shared(block, encode, ranks))
+        tick(len(block))
     return torch.cat(out)
+
+
+def shared(block: Sequence, encode: Callable[[Sequence], Tensor], ranks: Ranks) -> Tensor:
+    """(n, D) on the unit sphere, of the n things in `block`: every rank encodes its own and gets all.
+
+    All encode as many; for a place beyond the end that is the last one again.
+    """
+    places = range(ranks.number, len(block) + -len(block) % ranks.count, ranks.count)
+    own = [block[min(place, len(block) - 1)] for place in places]
+    return ranks.gather(F.normalize(encode(own).float(), dim=-1))[: len(block)]
 
 
 def central_images(clip: Clip, pictures: list[np.ndarray], device: torch.device) -> Tensor:
@@ -135,34 +155,42 @@ def central_square(picture: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def text_features(clip: Clip, rows: list[np.ndarray], device: torch.device) -> Tensor:
+def text_features(clip: Clip, rows: list[np.ndarray], device: torch.device, ranks: Ranks = ALONE) -> Tensor:
     """(N, D) on the unit sphere, in large batches of similar length."""
+
+    def encode(own: list[int]) -> Tensor:
+        return encode_text(clip.model, padded([rows[i] for i in own]).to(device))
+
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     out = None
-    for start in range(0, len(rows), TEXTS):
-        chunk = order[start : start + TEXTS]
-        features = encode_text(clip.model, padded([rows[i] for i in chunk]).to(device))
-        features = F.normalize(features.float(), dim=-1)
+    for start in range(0, len(rows), TEXTS * ranks.count):
+        block = order[start : start + TEXTS * ranks.count]
+        features = shared(block, encode, ranks)
         if out is None:
             out = torch.empty(len(rows), features.shape[1], device=device)
-        out[torch.tensor(chunk, device=device)] = features
+        out[torch.tensor(block, device=device)] = features
     return out
 
 
 @torch.no_grad()
-def class_features(clip: Clip, prompts: list[list[np.ndarray]], device: torch.device) -> Tensor:
+def class_features(
+    clip: Clip, prompts: list[list[np.ndarray]], device: torch.device, ranks: Ranks = ALONE
+) -> Tensor:
     """(C, D): one prompt, or the normalised mean over templates."""
     rows = [row for template in prompts for row in template]
-    features = text_features(clip, rows, device).view(len(prompts), len(prompts[0]), -1)
+    features = text_features(clip, rows, device, ranks).view(len(prompts), len(prompts[0]), -1)
     return F.normalize(features.mean(0), dim=-1)
 
 
 def accuracy(images: Tensor, classes: Tensor, labels: Tensor) -> Score:
     """Over the full label space; by class, and their mean, for classes that have a picture."""
-    similarity = images @ classes.T  # (N, C)
-    hits = similarity.argmax(-1) == labels
-    nearest = similarity.topk(min(TOP, len(classes)), dim=1).indices
-    in_top = (nearest == labels[:, None]).any(1)
+    hits, in_top = torch.empty_like(labels, dtype=torch.bool), torch.empty_like(labels, dtype=torch.bool)
+    for start in range(0, len(images), COMPARED):
+        some = slice(start, start + COMPARED)
+        similarity = images[some] @ classes.T  # (COMPARED, C)
+        hits[some] = similarity.argmax(-1) == labels[some]
+        nearest = similarity.topk(min(TOP, len(classes)), dim=1).indices
+        in_top[some] = (nearest == labels[some, None]).any(1)
     pictures, found = (torch.bincount(x, minlength=len(classes)).tolist() for x in (labels, labels[hits]))
     by_class = [100 * hit / n if n else None for hit, n in zip(found, pictures, strict=True)]
     details = {f"top{TOP}": percent(in_top), "mean_per_class_recall": mean(by_class)}
@@ -213,20 +241,25 @@ def proportion(metric: str, hits: Tensor) -> Score:
 
 
 def score_test(
-    clip: Clip, test: TestSet, parts: list[np.ndarray], device: torch.device, tick: Callable
+    clip: Clip,
+    test: TestSet,
+    parts: list[np.ndarray],
+    device: torch.device,
+    tick: Callable,
+    ranks: Ranks = ALONE,
 ) -> list[Score]:
     """Scores on each of `parts` (sample numbers, each contained in the first) from one pass over the pictures."""
     numbers = parts[0]
-    images = image_features(clip, test.samples, numbers, device, tick)
+    images = image_features(clip, test.samples, numbers, device, tick, ranks)
     places = [torch.from_numpy(np.searchsorted(numbers, part)).to(device) for part in parts]
     if test.task == "classification":
-        classes = class_features(clip, test.prompts, device)
+        classes = class_features(clip, test.prompts, device, ranks)
         labels = torch.from_numpy(test.samples.labels[numbers]).to(device)
         return [accuracy(images[place], classes, labels[place]) for place in places]
     counts = np.diff(test.samples.captions.offsets)[numbers]
     owner = torch.from_numpy(np.repeat(np.arange(len(numbers)), counts)).to(device)
     captions = [test.samples.tokens[t] for i in numbers for t in test.samples.captions[int(i)]]
-    texts = text_features(clip, captions, device)
+    texts = text_features(clip, captions, device, ranks)
     scores = []
     for place in places:  # pictures and captions are cut together
         kept = torch.isin(owner, place)
@@ -242,14 +275,18 @@ def evaluate(
     *,
     full: bool = False,
     tick: Callable = lambda n: None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict, dict | None]:
-    """-> the metrics on the subsets and, if asked for and different, on the whole sets."""
+    """-> the metrics on the subsets and, if asked for and different, on the whole sets.
+
+    Several ranks share the encoding, and each has all scores.
+    """
     clip.model.eval()
     on_subset, on_full = {}, {}
     for test in tests:
         part = subsets[test.name]
         parts = [test.usable, part] if full else [part]
-        scores = score_test(clip, test, parts, device, tick)
+        scores = score_test(clip, test, parts, device, tick, ranks)
         on_full[test.name], on_subset[test.name] = scores[0], scores[-1]
     different = any(len(subsets[test.name]) < len(test.usable) for test in tests)
     return summarise(tests, on_subset), summarise(tests, on_full) if full and different else None
@@ -293,14 +330,16 @@ def drift_sample(collection: Collection, seed: int, n: int = DRIFT_PICTURES) -> 
     return drawn[np.array([samples.pixels[index].size > 0 for samples, index in places], bool)]
 
 
-def drift_features(clip: Clip, collection: Collection, numbers: np.ndarray, device: torch.device) -> Tensor:
+def drift_features(
+    clip: Clip, collection: Collection, numbers: np.ndarray, device: torch.device, ranks: Ranks = ALONE
+) -> Tensor:
     """(N, D) on the CPU, of ascending sample numbers of a collection."""
     clip.model.eval()
     owner = np.searchsorted(collection.offsets, numbers, side="right") - 1
     features = []
     for part in np.unique(owner):
         own = numbers[owner == part] - collection.offsets[part]
-        features.append(image_features(clip, collection.parts[part], own, device, lambda n: None))
+        features.append(image_features(clip, collection.parts[part], own, device, lambda n: None, ranks))
     return torch.cat(features).cpu()
 
 

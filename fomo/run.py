@@ -25,6 +25,7 @@ from fomo.clip import NOT_TENSORS, Clip, save
 from fomo.errors import Interrupted, UserError, one_line
 from fomo.fields import read_yaml
 from fomo.files import OnDisk, naming, settle, staged, write_atomically, write_tensors
+from fomo.ranks import ALONE, Ranks
 from fomo.recipe import Recipe, dump
 
 FORMAT = 1  # of a run folder: raised when an older fomo could not go on with it
@@ -58,32 +59,42 @@ class Run:
     signum: int = 0
     lock: IO | None = None  # held as long as it is open
     handlers: dict = field(default_factory=dict)  # of signals, before this run took them over
+    ranks: Ranks = ALONE  # that live through it together; the first alone holds the lock and writes
 
     @classmethod
-    def open(cls, folder: Path, recipe: Recipe, resume: bool) -> tuple["Run", dict | None]:
+    def open(
+        cls, folder: Path, recipe: Recipe, resume: bool, ranks: Ranks = ALONE
+    ) -> tuple["Run", dict | None]:
         """-> the run and the checkpoint to go on from. Refuses to write over a run; writes nothing yet."""
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
-        refuse_used(folder, resume)
-        run = cls(folder, lock=held(folder / "lock"))
-        try:
-            if (folder / "recipe.yaml").exists():
-                same_recipe(folder / "recipe.yaml", recipe)
-            checkpoint = run.latest_checkpoint()
-            if checkpoint:
-                run.position = Position(**checkpoint["position"])
-        except BaseException:
-            run.close()
-            raise
+        run = cls(folder, ranks=ranks)
+        checkpoint = ranks.from_first(lambda: run.taken(recipe, resume))
+        if checkpoint:
+            run.position = Position(**checkpoint["position"])
         return run, checkpoint
+
+    def taken(self, recipe: Recipe, resume: bool) -> dict | None:
+        """Lock the folder for this process; -> the checkpoint to go on from."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
+        refuse_used(self.folder, resume)
+        self.lock = held(self.folder / "lock")
+        try:
+            if (self.folder / "recipe.yaml").exists():
+                same_recipe(self.folder / "recipe.yaml", recipe)
+            return self.latest_checkpoint()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Let other processes work on the folder; a run that was refused before it began leaves nothing."""
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
+        if not self.ranks.first:
+            return
         if not (self.folder / "recipe.yaml").exists():
             (self.folder / "lock").unlink(missing_ok=True)
         self.lock.close()
@@ -103,6 +114,11 @@ class Run:
 
     def begin(self, recipe: Recipe, data: dict, life: dict, checkpoint: dict | None) -> None:
         """Make the folder what the checkpoint says, or a new run."""
+        for signum in (signal.SIGTERM, signal.SIGINT):  # noted, and acted on at the next `check`
+            taken = signal.signal(signum, lambda number, frame: setattr(self, "signum", number))
+            self.handlers[signum] = taken
+        if not self.ranks.first:
+            return
         for name in ("state", "weights"):
             (self.folder / name).mkdir(exist_ok=True)
         write_atomically(self.folder / "recipe.yaml", dump(recipe).encode())
@@ -113,12 +129,11 @@ class Run:
         lengths = checkpoint["logs"] if checkpoint else {}
         for log in LOGS:
             cut_back(self.folder / log, lengths.get(log, 0))
-        for signum in (signal.SIGTERM, signal.SIGINT):  # noted, and acted on at the next `check`
-            taken = signal.signal(signum, lambda number, frame: setattr(self, "signum", number))
-            self.handlers[signum] = taken
 
     def save_checkpoint(self, **content) -> None:
         """content: nested dicts of tensors and plain numbers."""
+        if not self.ranks.first:
+            return
         logs = {log: size_of(self.folder / log) for log in LOGS}
         state = self.folder / "state"
         staging = state / "writing.pt"
@@ -160,6 +175,8 @@ class Run:
         return None
 
     def log(self, name: str, line: dict) -> None:
+        if not self.ranks.first:
+            return
         path = self.folder / name
         with naming(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -181,6 +198,8 @@ class Run:
 
     def save_weights(self, clip: Clip, keep: int | None) -> None:
         """The deployed weights of this update, and as the model that open_clip opens."""
+        if not self.ranks.first:
+            return
         target = self.folder / "weights" / f"update_{self.position.update:03d}.safetensors"
         write_tensors(clip.model.state_dict(), target)
         if keep is not None:
@@ -191,17 +210,24 @@ class Run:
 
     def save_model(self, clip: Clip) -> None:
         fresh, place, old = self.folder / "model.part", self.model, self.folder / "model.old"
-        shutil.rmtree(fresh, ignore_errors=True)
-        save(clip, fresh)
-        shutil.rmtree(old, ignore_errors=True)
-        if place.exists():
-            place.rename(old)
-        fresh.rename(place)
+        for folder in (fresh, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            save(clip, fresh)
+            if place.exists():
+                place.rename(old)
+            fresh.rename(place)
+        finally:  # what is left of it if this failed: a full disk needs the room
+            shutil.rmtree(fresh, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 
+    def signalled(self) -> int:
+        """The signal to any of the ranks, else 0; all must ask."""
+        return self.ranks.highest(self.signum)
+
     def check(self) -> None:
-        if self.signum:
-            raise Interrupted(self.signum)
+        if signum := self.signalled():
+            raise Interrupted(signum)
 
 
 def refuse_used(folder: Path, resume: bool) -> None:

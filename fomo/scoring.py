@@ -1,7 +1,8 @@
 """What the weights of a life are worth: the scores of a line in metrics.jsonl."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from fomo.datasets.samples import Samples
 from fomo.eval import drift, drift_features, drift_sample, evaluate, image_features
 from fomo.frozen import trajectory
 from fomo.material import Material
+from fomo.ranks import ALONE, Ranks
+from fomo.reading import read_lines
+from fomo.transfer import Row, row_of, transfer
 from fomo.weights import Interpolate, merge
 
 
@@ -23,7 +27,9 @@ class Scorer:
     device: torch.device
     seed: int
     check: Callable[[], None]  # raises where a signal asks to stop
+    ranks: Ranks = ALONE  # that share the encoding
     original: Tensor | None = None  # features (N, D) of the untouched model, for the drift
+    rows: list[Row] = field(default_factory=list)  # of all evaluations so far, for the transfer
 
     def score(self, full: bool = False) -> tuple[dict, dict | None]:
         """The scores on the subsets and, if asked for and different, on the whole test sets."""
@@ -35,7 +41,8 @@ class Scorer:
                 progress.update(n)
                 self.check()
 
-            return evaluate(self.clip, material.tests, material.subsets, self.device, full=full, tick=tick)
+            how = {"full": full, "tick": tick, "ranks": self.ranks}
+            return evaluate(self.clip, material.tests, material.subsets, self.device, **how)
 
     def drift(self) -> float | None:
         """How far the image features of the pretraining pool have turned; the first call sets what from."""
@@ -43,10 +50,18 @@ class Scorer:
         sample = drift_sample(pool, self.seed)
         if not len(sample):
             return None
-        features = drift_features(self.clip, pool, sample, self.device)
+        features = drift_features(self.clip, pool, sample, self.device, self.ranks)
         if self.original is None:
             self.original = features
         return drift(self.original, features)
+
+    def transfer(self, newest: dict, log: Path) -> dict[str, float | None]:
+        """After the line `newest` of concepts.jsonl. `log`: what earlier processes wrote there is read once."""
+        stream = [[(concept.dataset, concept.label) for concept in update] for update in self.material.stream]
+        if not self.rows and log.exists():
+            self.rows = [row_of(line, stream) for line in read_lines(log)]
+        self.rows.append(row_of(newest, stream))
+        return transfer(self.rows)
 
     def keep_curve(
         self, old: Mapping[str, Tensor], tuned: Mapping[str, Tensor], keeps: list[float]
@@ -73,6 +88,6 @@ class Scorer:
         with tqdm(desc="frozen baseline", unit="img", leave=False) as progress:
 
             def features(samples: Samples, numbers: np.ndarray) -> Tensor:
-                return image_features(self.clip, samples, numbers, self.device, progress.update)
+                return image_features(self.clip, samples, numbers, self.device, progress.update, self.ranks)
 
             return trajectory(map(material.by_dataset, taught), tests, features) if tests else []

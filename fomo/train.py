@@ -18,18 +18,21 @@ from fomo.datasets.samples import Batch
 from fomo.errors import UserError
 from fomo.methods import Method
 from fomo.methods.base import Inputs
+from fomo.ranks import ALONE, Ranks
 
 LENGTHS = (16, 32)  # of captions in a compiled model, beside the whole context
 
 Encoder = Callable[[nn.Module, Tensor, Tensor], Features]
 
 
-def on_device(batches: Iterable[Batch], clip: Clip, device: torch.device) -> Iterator[Inputs]:
+def on_device(
+    batches: Iterable[Batch], clip: Clip, device: torch.device, ranks: Ranks = ALONE
+) -> Iterator[Inputs]:
     """Batches as the model takes them: moved, cropped and normalised on the device."""
     layout = torch.channels_last if convolutional(clip.model.visual) else torch.contiguous_format
     for canvas, boxes, tokens, pools in moved(batches, device):
         images = crop(canvas, boxes, clip.image_size, clip.mean, clip.std)
-        yield Inputs(images.contiguous(memory_format=layout), tokens, pools)
+        yield Inputs(images.contiguous(memory_format=layout), tokens, pools, ranks)
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -117,24 +120,27 @@ def train(
     start: int = 0,
     accumulate: int = 1,
     compile: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Step]:
     """Take one optimizer step per batch and yield after each. `rate(step)` is the learning rate.
 
     `accumulate`: in how many parts a batch goes through the model, for one that does not fit in memory whole.
+    `ranks`: that train together; `batches` has this rank's rows of each.
     Nothing here reads a value back from the device, but for fp16's scaler.
     """
     model, scaler = clip.model, precision.scaler  # the scaler passes everything through but in fp16
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     encoder = compiled() if compile else encode
-    for number, batch in enumerate(on_device(batches, clip, device), start):
+    for number, batch in enumerate(on_device(batches, clip, device, ranks), start):
         model.train()
         lr = rate(number)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if accumulate == 1:
+        if accumulate == 1 and not ranks.several:
             loss = backward(model, encoder, method, batch, precision)
         else:
             loss = backward_in_parts(model, encoder, method, batch, precision, accumulate)
+            ranks.sum_([loss, *(p.grad for p in parameters if p.grad is not None)])
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
         scale = scaler.get_scale()  # 1 but in fp16
@@ -169,27 +175,39 @@ def backward_in_parts(
     First all features without a graph, and the loss's slopes by them; then each part once more, whose graph takes
     its rows of the slopes to the weights. A penalty counts as the mean over parts. Every count-th pair is in the
     same part, so that all parts have the mixture. A batch norm sees the parts, not the batch.
+
+    Ranks have parts of one batch, too: gradients and loss are this rank's share of it, to be summed over all. A
+    rank's only part goes through the model once, its graph is kept.
     """
-    parts = [Inputs(*(tensor[i::count] for tensor in batch)) for i in range(count)]
-    with torch.no_grad(), precision.autocast():
+    parts = [Inputs(*(tensor[i::count] for tensor in batch[:3]), batch.ranks) for i in range(count)]
+    with torch.set_grad_enabled(count == 1), precision.autocast():
         cached = [encoder(model, part.images, part.tokens) for part in parts]
-    images, texts, (scale, *_), (bias, *_) = zip(*cached, strict=True)
-    whole = [torch.cat(images), torch.cat(texts), scale, *([] if bias is None else [bias])]
-    leaves = [tensor.detach().requires_grad_() for tensor in whole]
-    loss = contrastive_loss(Features(*leaves))
-    slopes = torch.autograd.grad(loss, leaves)
+    loss, slopes = slopes_of(cached, batch.ranks)
     sizes = [len(part.images) for part in parts]
     rows = zip(*(slope.split(sizes) for slope in slopes[:2]), strict=True)
-    for part, size, own in zip(parts, sizes, rows, strict=True):
-        share = size / sum(sizes)
+    for part, size, own, features in zip(parts, sizes, rows, cached, strict=True):
+        share = size / sum(sizes) / batch.ranks.count
         with precision.autocast():
-            features = encoder(model, part.images, part.tokens)
+            if count > 1:
+                features = encoder(model, part.images, part.tokens)
             penalty = method.penalty(model, part, features)
         own = [*own, *(share * slope for slope in slopes[2:])]  # all parts have the scale and the bias
         linear = sum((value * slope).sum() for value, slope in zip(features, own, strict=False))
         precision.scaler.scale(linear + share * penalty).backward()
         loss = (loss + share * penalty).detach()
     return loss
+
+
+def slopes_of(parts: list[Features], ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
+    """-> this rank's share of the whole batch's loss, and that loss's slopes by its own rows, scale and bias."""
+    images, texts, (scale, *_), (bias, *_) = zip(*parts, strict=True)
+    own = torch.cat([torch.cat(images), torch.cat(texts)], 1)  # (B, 2 D): one message
+    pairs = ranks.gather(own.detach())
+    whole = [*pairs.chunk(2, 1), scale, *([] if bias is None else [bias])]
+    leaves = [tensor.detach().contiguous().requires_grad_() for tensor in whole]
+    loss = contrastive_loss(Features(*leaves))
+    images, texts, *rest = torch.autograd.grad(loss, leaves)
+    return loss.detach() / ranks.count, [ranks.own(images), ranks.own(texts), *rest]
 
 
 class Timed:

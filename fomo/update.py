@@ -16,20 +16,19 @@ from fomo.clip import Clip, load
 from fomo.datasets import datafile
 from fomo.datasets.samples import Batch
 from fomo.datasets.stream import composition
-from fomo.errors import Failure, Interrupted, UserError
+from fomo.errors import Failure, FieldError, Interrupted, UserError
 from fomo.eval import as_metrics, concept_scores, evaluate, open_tests
-from fomo.material import batches_of, open_material
+from fomo.material import Material, batches_of, open_material
 from fomo.methods import build_method
-from fomo.methods.base import Weights
+from fomo.methods.base import Inputs, Weights
 from fomo.pretrain import starting_model
-from fomo.reading import read_lines
+from fomo.ranks import ALONE, Ranks
 from fomo.recipe import Recipe, Temperature
 from fomo.report import write_report
 from fomo.run import Run
 from fomo.schedules import learning_rate
 from fomo.scoring import Scorer
 from fomo.train import Precision, Step, Timed, on_device, peak_memory, pick_device, train
-from fomo.transfer import transfer
 
 LOG_EVERY = 20  # steps between readings of the loss: on a GPU each reading waits for the device
 TIMED_STEPS = 5  # that calibrate a budget in hours, after one that warms up
@@ -41,9 +40,10 @@ class Life:
 
     def __init__(self, recipe: Recipe, clip: Clip, run: Run, device: torch.device, workers: int = 0):
         self.recipe, self.clip, self.run, self.device, self.workers = recipe, clip, run, device, workers
+        self.ranks = run.ranks
         self.model = clip.model.to(device)
         self.method = build_method(recipe.method)
-        self.material = open_material(recipe, clip, run.life())
+        self.material = material_of(recipe, clip, run)
         run.position.updates = len(self.material.stream)
         self.work = counted(recipe)
         if not run.position.steps:  # else an earlier process has planned, or timed, them
@@ -61,12 +61,12 @@ class Life:
         self.optimizer: torch.optim.Optimizer | None = None  # lives within one update
         self.trunk: Weights = {}  # of an infinite schedule: what the next update goes on from
         self.tuned: Weights = {}  # by the last update, before any merge, for `evaluation.keeps`
-        self.scorer = Scorer(clip, self.material, device, recipe.seed, run.check)
+        self.scorer = Scorer(clip, self.material, device, recipe.seed, run.check, self.ranks)
         self.clock = time.monotonic()
 
     def restore(self, checkpoint: dict) -> None:
-        if checkpoint["machine"] != machine():
-            changed = f"{checkpoint['machine']} then, {machine()} now"
+        if checkpoint["machine"] != machine(self.ranks):
+            changed = f"{checkpoint['machine']} then, {machine(self.ranks)} now"
             print(f"{self.run.folder}: results may differ in their last bits: {changed}", file=sys.stderr)
         self.model.load_state_dict(checkpoint["model"])
         self.method.load_state(checkpoint["method"])
@@ -91,7 +91,7 @@ class Life:
             trunk=self.trunk,
             tuned=self.tuned,
             original=self.scorer.original,
-            machine=machine(),
+            machine=machine(self.ranks),
         )
 
     def tick(self) -> None:
@@ -116,6 +116,7 @@ class Life:
                     self.evaluate(bar)
             except Interrupted as stop:
                 self.checkpoint()
+                self.ranks.wait()  # else another could tell of the checkpoint before it is there
                 raise Interrupted(stop.signum, f"saved, go on with --resume: {self.run.folder}") from None
 
     def train_update(self, bar: tqdm) -> None:
@@ -124,7 +125,8 @@ class Life:
         batches = batches_of(self.material, recipe, position.update, position.steps)
         if self.optimizer is None:
             self.begin_update()
-        loader = Timed(batches.loader(position.step, self.workers, pin=self.device.type == "cuda"))
+        own = batches.rows(self.ranks.number, self.ranks.count)
+        loader = Timed(own.loader(position.step, self.workers, pin=self.device.type == "cuda"))
         fork = recipe.schedule.trunk_steps(position.steps) if recipe.schedule.meta == "infinite" else None
         pending: list[Step] = []
         saved = time.monotonic()
@@ -134,10 +136,11 @@ class Life:
             bar.update()
             if position.step == fork:
                 self.trunk = self.method.export(self.model)
-            late = self.late()
-            if len(pending) == LOG_EVERY or position.step == position.steps or late or self.run.signum:
+            late, signum = self.late(), self.run.signalled()
+            if len(pending) == LOG_EVERY or position.step == position.steps or late or signum:
                 self.log_steps(pending, loader)
-            self.run.check()
+            if signum:
+                raise Interrupted(signum)
             if late:  # an hours budget ends an update before its last step
                 break
             if not pending and time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -146,10 +149,9 @@ class Life:
         if fork and position.step < fork:
             self.trunk = self.method.export(self.model)
         self.optimizer = None
-        again = on_device(batches.loader(workers=self.workers), self.clip, self.device)
         if recipe.evaluation.keeps and position.update + 1 == position.updates:
             self.tuned = self.method.export(self.model)
-        self.method.after_update(self.model, again)
+        self.end_update(on_device(batches.loader(workers=self.workers), self.clip, self.device))
         position.update, position.step, position.evaluated = position.update + 1, 0, False
 
     def begin_update(self) -> None:
@@ -157,6 +159,16 @@ class Life:
             self.method.load(self.model, self.trunk)
         self.method.before_update(self.model)
         self.optimizer = self.method.optimizer(self.parameters, self.recipe.optimizer)
+
+    def end_update(self, batches: Iterable[Inputs]) -> None:
+        """On the first rank; the others go on from its state as if they resumed."""
+        if self.ranks.first:
+            self.method.after_update(self.model, batches)
+        if self.ranks.several:
+            model, method = self.ranks.from_first(lambda: (self.model.state_dict(), self.method.state()))
+            if not self.ranks.first:
+                self.model.load_state_dict(model)
+                self.method.load_state(method)
 
     def steps(self, batches: Iterable[Batch], steps: int, start: int = 0) -> Iterator[Step]:
         """Train on the batches of one update, `steps` in all, from step `start`."""
@@ -174,6 +186,7 @@ class Life:
             start=start,
             accumulate=recipe.optimizer.accumulate,
             compile=recipe.compile,
+            ranks=self.ranks,
         )
 
     def calibrate(self) -> None:
@@ -183,6 +196,7 @@ class Life:
         """
         position, count = self.run.position, 1 + TIMED_STEPS
         batches = batches_of(self.material, self.recipe, position.update, count)
+        batches = batches.rows(self.ranks.number, self.ranks.count)
         self.begin_update()
         seconds = []
         for step in self.steps(batches.loader(workers=self.workers), count):
@@ -190,10 +204,10 @@ class Life:
             seconds.append(time.monotonic())
         each = (seconds[-1] - seconds[0]) / TIMED_STEPS
         self.optimizer = None
-        self.restore(self.run.latest_checkpoint())
+        self.restore(self.ranks.from_first(self.run.latest_checkpoint))
         position.closing = position.seconds + each * self.work.gflops_per_update / self.work.gflops_per_step
         # A twentieth is left for steps that take longer than these: `late` would cut the cooldown off.
-        position.steps = math.floor(0.95 * self.remaining() / each)
+        position.steps = self.ranks.from_first(lambda: math.floor(0.95 * self.remaining() / each))
         if position.steps < 1:
             hours = self.recipe.budget.hours
             least = hours + (each / 0.95 - self.remaining()) / 3600
@@ -213,7 +227,7 @@ class Life:
             return False
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return self.remaining() < 0
+        return bool(self.ranks.highest(self.remaining() < 0))
 
     def log_steps(self, pending: list[Step], loader: "Timed") -> None:
         """Read the losses of the last steps, stop if one is not finite, and write a line of train.jsonl."""
@@ -257,15 +271,15 @@ class Life:
     def score(self) -> tuple[dict, dict]:
         """The lines of metrics.jsonl, but for the costs, and of concepts.jsonl; a run's first say more."""
         run, material, asked = self.run, self.material, self.recipe.evaluation
-        first, last = not run.scored, run.position.update == run.position.updates
+        first = self.ranks.from_first(lambda: not run.scored)
+        last = run.position.update == run.position.updates
         scores, whole = self.scorer.score(full=first or last)
         line = {"update": run.position.update, **as_metrics(scores), "drift": self.scorer.drift()}
         by_concept = {"update": run.position.update, "datasets": concept_scores(scores)}
         if first:
             by_concept["classes"] = {test.name: test.classes for test in material.tests}
-        stream = [[(concept.dataset, concept.label) for concept in update] for update in material.stream]
-        before = [] if first else read_lines(run.folder / "concepts.jsonl")
-        line["transfer"] = transfer([*before, by_concept], stream)
+        if self.ranks.first:  # the others have no log of their own
+            line["transfer"] = self.scorer.transfer(by_concept, run.folder / "concepts.jsonl")
         if whole:
             line["full"] = as_metrics(whole)
         if first:
@@ -320,21 +334,44 @@ def set_temperature(model: nn.Module, temperature: Temperature) -> None:
         model.logit_scale.requires_grad_(False)
 
 
-def machine() -> dict:
+def machine(ranks: Ranks) -> dict:
     """What the last bits of a CPU run depend on."""
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    alone = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    return {**alone, "ranks": ranks.count} if ranks.several else alone
 
 
-def live_through(recipe: Recipe, folder: Path, *, resume: bool, device: str, workers: int = 0) -> None:
+def divisible(recipe: Recipe, ranks: Ranks) -> None:
+    """Whether every rank can have as many rows of a batch, and parts of them."""
+    size, parts = recipe.optimizer.batch_size, recipe.optimizer.accumulate
+    if size % ranks.count:
+        found = f"{size} pairs for {ranks.count} ranks"
+        raise FieldError("optimizer.batch_size", f"{found}, accepted: a multiple of {ranks.count}")
+    if parts * ranks.count > size:
+        found = f"{parts} parts of the {size // ranks.count} pairs of a rank"
+        raise FieldError("optimizer.accumulate", f"{found}, accepted: at most a part per pair")
+
+
+def material_of(recipe: Recipe, clip: Clip, run: Run) -> Material:
+    """The first rank orders the stream and fills the caches, the others find both."""
+    material = open_material(recipe, clip, run.life()) if run.ranks.first else None
+    life = run.ranks.from_first(lambda: material.life())
+    return material or open_material(recipe, clip, life)
+
+
+def live_through(
+    recipe: Recipe, folder: Path, *, resume: bool, device: str, workers: int = 0, ranks: Ranks = ALONE
+) -> None:
     """Run `recipe` in the run folder, to its end or to where it is interrupted."""
+    divisible(recipe, ranks)
     place = pick_device(device, recipe.threads)
-    run, checkpoint = Run.open(folder, recipe, resume)
+    run, checkpoint = Run.open(folder, recipe, resume, ranks)
     try:
         if run.position.finished:
             return
-        # A life that has begun carries its model with it: all weights are in the checkpoint.
-        own = run.model if checkpoint else None
-        clip = load(None, str(own)) if own and own.exists() else starting_model(recipe.model, place)
+        with ranks.in_turn():  # the first pretrains a base model that is not there yet
+            # A life that has begun carries its model with it: all weights are in the checkpoint.
+            own = run.model if checkpoint else None
+            clip = load(None, str(own)) if own and own.exists() else starting_model(recipe.model, place)
         life = Life(recipe, clip, run, place, workers)
         data = datafile.content(datafile.read(recipe.data))
         run.begin(recipe, data, life.material.life(), checkpoint)
@@ -345,9 +382,16 @@ def live_through(recipe: Recipe, folder: Path, *, resume: bool, device: str, wor
         run.close()
 
 
-def run_recipe(recipe: Recipe, folder: Path, *, resume: bool, device: str, workers: int = 0) -> str:
+def run_recipe(
+    recipe: Recipe, folder: Path, *, resume: bool, device: str, workers: int = 0, ranks: Ranks = ALONE
+) -> str:
     """Run `recipe` in the run folder and write its report; -> a line about what came of it."""
-    live_through(recipe, folder, resume=resume, device=device, workers=workers)
+    live_through(recipe, folder, resume=resume, device=device, workers=workers, ranks=ranks)
+    return ranks.from_first(lambda: told(folder))
+
+
+def told(folder: Path) -> str:
+    """Write the report of a run; -> a line about what came of it."""
     report = write_report([folder])
     first, *_, last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     changes = [

@@ -4,6 +4,8 @@ Which samples are in the batch of (update, step), which caption and which crop e
 (seed, update, step): no loader state exists, and the number of workers cannot change a batch.
 """
 
+import copy
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -163,6 +165,7 @@ class Batches(Dataset):
     def __init__(self, draws: list[tuple[str, Pool, int]], seed: int, update: int, steps: int):
         self.draws = [(name, pool, count) for name, pool, count in draws if count]
         self.seed, self.update, self.steps = seed, update, steps
+        self.first, self.every = 0, 1
         for name, pool, _ in self.draws:
             if not len(pool):
                 raise UserError(
@@ -174,19 +177,36 @@ class Batches(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, self.update, step, 0xBA7C])
-        pictures, tokens, pools = [], [], []
-        for name, pool, count in self.draws:
-            for position, number in enumerate(pool.take(step * count, count).tolist(), step * count):
-                samples, index = pool.collection.locate(number)
-                picture = samples.pixels[index]
-                if not picture.size:
-                    samples, index, picture = stand_in(name, pool, position)
-                pictures.append(picture)
-                tokens.append(samples.caption(index, rng.random()))
-            pools += [POOLS.index(name)] * count
-        canvas, shapes = canvas_of(pictures)
-        boxes = torch.from_numpy(random_crops(shapes, rng))
-        return Batch(canvas, boxes, padded(tokens), torch.tensor(pools))
+        size = sum(count for _, _, count in self.draws)
+        own, which = slice(self.first, None, self.every), rng.random(size)
+        pictures, tokens = [], []
+        for (name, pool, position, number), draw in zip(self.drawn(step)[own], which[own], strict=True):
+            samples, index = pool.collection.locate(number)
+            picture = samples.pixels[index]
+            if not picture.size:
+                samples, index, picture = stand_in(name, pool, position)
+            pictures.append(picture)
+            tokens.append(samples.caption(index, draw))
+        canvas, sides = canvas_of(pictures)
+        shapes = np.ones((size, 2), sides.dtype)  # a row's crop does not depend on the others' shapes
+        shapes[own] = sides
+        boxes = torch.from_numpy(random_crops(shapes, rng)[own])
+        pools = [POOLS.index(name) for name, _, count in self.draws for _ in range(count)]
+        return Batch(canvas, boxes, padded(tokens), torch.tensor(pools[own]))
+
+    def drawn(self, step: int) -> list[tuple[str, Pool, int, int]]:
+        """Each row's pool, its position in the pool's endless sequence, and the sample number there."""
+        return [
+            (name, pool, position, number)
+            for name, pool, count in self.draws
+            for position, number in enumerate(pool.take(step * count, count).tolist(), step * count)
+        ]
+
+    def rows(self, first: int, every: int) -> "Batches":
+        """The same batches, of each only the rows first::every: what a rank decodes."""
+        part = copy.copy(self)
+        part.first, part.every = first, every
+        return part
 
     def loader(self, start: int = 0, workers: int = 0, pin: bool = False) -> DataLoader:
         """Iterates from step `start`; batches are whole already, workers only assemble them ahead of time."""

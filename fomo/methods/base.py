@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from fomo.clip import Features
 from fomo.fields import build
+from fomo.ranks import ALONE, Ranks
 from fomo.recipe import Optimizer
 
 Weights = dict[str, Tensor]
 
 
 class Inputs(NamedTuple):
-    """A batch of B pairs on the training device."""
+    """A batch of B pairs on the training device; of several ranks each has B of the batch's N B."""
 
     images: Tensor  # (B, 3, S, S) float32, normalised
     tokens: Tensor  # (B, L) int64
     pools: Tensor  # (B,) int64: 0 pretraining, 1 update, 2 buffer (datasets.mixture.POOLS)
+    ranks: Ranks = ALONE  # that have a share of the batch: `ranks.gather` gives the rows of all
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Method:
         )
 
     def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
-        """Every step, under autocast: a scalar added to the contrastive loss."""
+        """Every step, under autocast: a scalar added to the contrastive loss; of several ranks, their mean."""
         return 0.0
 
     def after_step(self, model: nn.Module, lr: float) -> None:

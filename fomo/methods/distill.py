@@ -44,17 +44,25 @@ class Distill(Method):
         return super().prepare(model)
 
     def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
-        own = torch.nonzero(batch.pools == PRETRAINING)[:, 0]  # (n,)
-        if not len(own):
+        every = torch.nonzero(batch.ranks.gather(batch.pools) == PRETRAINING)[:, 0]  # (n,)
+        if not len(every):
             return 0.0
-        with torch.no_grad():
-            target = encode(self.teacher, batch.images[own], batch.tokens[own])
-        images, texts = features.image_features[own], features.text_features[own]
+        rows = (*features[:2], *self.targets(batch, features))
+        images, texts, kept_images, kept_texts = (batch.ranks.gather(x)[every] for x in rows)
         with torch.autocast(images.device.type, enabled=False):  # similarities of ±100 need float32
-            kept = target.logit_scale * target.image_features @ target.text_features.T / self.temperature
+            kept = self.teacher.logit_scale.exp() * kept_images @ kept_texts.T / self.temperature
             now = features.logit_scale * images @ texts.T / self.temperature  # (n, n)
             divergence = (kl(kept, now) + kl(kept.T, now.T)) / 2
         return self.weight * self.temperature**2 * divergence
+
+    @torch.no_grad()
+    def targets(self, batch: Inputs, features: Features) -> list[Tensor]:
+        """The teacher's images and texts (B, D), zeros where a pair is not of the pretraining pool."""
+        own = torch.nonzero(batch.pools == PRETRAINING)[:, 0]
+        images, texts = (torch.zeros_like(x) for x in features[:2])
+        if len(own):
+            images[own], texts[own], *_ = encode(self.teacher, batch.images[own], batch.tokens[own])
+        return [images, texts]
 
     def state(self) -> dict:
         return {"teacher": self.teacher.state_dict()}

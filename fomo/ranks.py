@@ -1,0 +1,201 @@
+"""Several devices: the processes that `torchrun --nproc_per_node=N fomo.py update ...` starts, ranks 0 to N - 1.
+
+Ranks are parts of a batch. Rank r decodes and encodes the rows r::N of the batch that one process would take; all
+features are gathered, every rank computes the whole batch's loss, takes the slopes of its own rows to the weights
+(train.backward_in_parts), and the gradients are summed. So all ranks hold the same weights at every step, for any
+N the batches are the same and the losses differ by rounding, and nothing of N is in a checkpoint. Where
+open_clip's ClipLoss(local_loss=True, gather_with_grad=True) sends the features' slopes back, here each rank
+computes them for all rows: B² D multiplications more, and no message.
+
+Gradients are summed after the backward pass, not by DistributedDataParallel: its reducer takes what a module's
+parameters accumulate, while an adapter's hook makes gradients of factors, which are no parameters of the model,
+from the dense one and drops that (methods/adapters.py).
+
+Rank 0 reads the recipe, orders the stream, does what ends an update (a Fisher, a merge), writes and prints; the
+others take over what it says. Its run folder must be seen by all. The first rank that fails tells why, the others
+end quietly. Messages between processes go through gloo, those between GPUs through nccl.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fomo.errors import Failure, UserError, one_line
+
+PATIENCE = timedelta(days=7)  # the others wait while the first pretrains, fills a cache or estimates a Fisher
+LARGE = 2**18  # elements from which on a tensor is summed where it is, not in a message with others
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together. Alone, every method gives back what it was given."""
+
+    number: int = 0  # r
+    count: int = 1  # N
+
+    @property
+    def first(self) -> bool:
+        return self.number == 0
+
+    @property
+    def several(self) -> bool:
+        return self.count > 1
+
+    def highest(self, value: int) -> int:
+        """Of all ranks; no device is waited for."""
+        if not self.several:
+            return value
+        own = torch.tensor(int(value))
+        with met():
+            dist.all_reduce(own, dist.ReduceOp.MAX)
+        return int(own)
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        self.highest(0)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first rank makes, for all; tensors arrive on the CPU."""
+        if not self.several:
+            return make()
+        if self.first:
+            made, file = make(), io.BytesIO()
+            torch.save(made, file)
+            self.send(torch.tensor(file.tell()))
+            self.send(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
+            return made
+        size = self.send(torch.tensor(0))
+        file = io.BytesIO(self.send(torch.empty(int(size), dtype=torch.uint8)).numpy())
+        return torch.load(file, map_location="cpu", weights_only=False)
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """From the first to all."""
+        with met():
+            dist.broadcast(tensor, 0)
+        return tensor
+
+    @contextmanager
+    def entered(self, manager: AbstractContextManager[T]) -> Iterator[T]:
+        """The context of `manager` on the first rank; all get what it yields."""
+        with manager if self.first else nullcontext() as value:
+            yield self.from_first(lambda: value)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first rank goes before the others: what it leaves on the disk they find there."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """(b, ...) of each rank, as many -> (N b, ...), row i of rank r at place i N + r. Has a gradient."""
+        return Gather.apply(rows, self) if self.several else rows
+
+    def own(self, rows: Tensor) -> Tensor:
+        """(N b, ...) -> (b, ...): this rank's rows of what `gather` gave."""
+        return rows[self.number :: self.count]
+
+    @torch.no_grad()
+    def sum_(self, tensors: list[Tensor]) -> None:
+        """Each tensor becomes its sum over ranks; the small ones travel together."""
+        if not self.several:
+            return
+        small = [t for t in tensors if t.numel() < LARGE or not t.is_contiguous()]
+        joined = torch.cat([t.flatten() for t in small])
+        with met():
+            for large in (joined, *(t for t in tensors if t.numel() >= LARGE and t.is_contiguous())):
+                dist.all_reduce(large)
+        for tensor, total in zip(small, joined.split([t.numel() for t in small]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+ALONE = Ranks()
+
+
+class Gather(torch.autograd.Function):
+    """Every rank goes on with all rows, so the slopes of a row are the sum of what the ranks make of it."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(ranks.count)]
+        with met():
+            dist.all_gather(parts, rows.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, slopes: Tensor) -> tuple[Tensor, None]:
+        total = slopes.clone(memory_format=torch.contiguous_format)
+        with met():
+            dist.all_reduce(total)
+        return ctx.ranks.own(total), None
+
+
+@contextmanager
+def met() -> Iterator[None]:
+    """Around every message: an error of it means that another rank is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise Failure(f"another rank has ended or cannot be reached: {one_line(error)}") from error
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun started; without it, this process is alone and nothing is set up."""
+    count = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    if count == 1:
+        yield ALONE
+        return
+    with met():
+        store, number, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
+    ranks, nowhere = Ranks(number, count), open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        with nullcontext() if ranks.first else silence(nowhere):
+            choose_device(device)
+            yield ranks
+    except BaseException:
+        if not tells(store):
+            sys.stderr = nowhere  # nor a traceback
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def silence(nowhere: io.TextIOBase) -> Iterator[None]:
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def tells(store: dist.Store) -> bool:
+    """Whether this rank is the first that fails."""
+    try:
+        return store.add("failed", 1) == 1
+    except RuntimeError:  # its keeper has ended
+        return False
+
+
+def choose_device(device: str) -> None:
+    """Make this rank's CUDA device the current one."""
+    if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
+        raise UserError(f"--device {device}: several ranks cannot share this machine's GPU, accepted: cpu")
+    local, there = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), torch.cuda.device_count()
+    if device in ("auto", "cuda") and there:
+        if local >= there:
+            raise UserError(f"--nproc_per_node: more than the {there} CUDA devices of this machine")
+        torch.cuda.set_device(local)
