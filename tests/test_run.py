@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from fomo.errors import Failure, UserError
 from fomo.recipe import load
-from fomo.run import Run, checkpoints
+from fomo.run import Run, checkpoints, differences
 from fomo.update import run_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -143,8 +144,44 @@ def test_a_changed_recipe_is_refused_by_name(small_scale, whole):
     changed = load(
         None, scale=str(small_scale), overrides=["method={name: merge, keep: 0.9}", "optimizer.lr=0.5"]
     )
-    with pytest.raises(UserError, match="differing: method.keep, optimizer.lr"):
+    with pytest.raises(UserError, match=r"differing: method\.keep, optimizer\.lr"):
         run_recipe(changed, whole, resume=True, device="cpu")
+
+
+def test_fields_that_either_recipe_lacks_differ_by_their_dotted_names():
+    before = {"method": {"name": "merge", "tune": {"name": "lora", "rank": 4}}, "seed": 0}
+    now = {"method": {"name": "merge", "tune": {"name": "lora"}, "keep": 0.5}, "seed": 0}
+    assert sorted(differences(before, now)) == ["method.keep", "method.tune.rank"]
+    assert sorted(differences(now, before)) == ["method.keep", "method.tune.rank"]
+    assert differences(now, now) == []
+
+
+def test_signals_are_the_callers_again_after_a_run(recipe, whole, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    run, _ = Run.open(tmp_path / "run", recipe, resume=False)
+    run.begin(recipe, {}, {}, None)
+    assert signal.getsignal(signal.SIGTERM) != before[0]
+    run.close()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_an_update_is_kept_for_continue_before_its_checkpoint_counts(recipe, tmp_path, monkeypatch):
+    """Killed between the two names, `--resume` does the update again; a finished run always has what it keeps."""
+    run, _ = Run.open(tmp_path / "run", recipe, resume=False)
+    run.begin(recipe, {}, {}, None)
+    run.position.evaluated = True
+    run.save_checkpoint(model={})
+    run.position.update = 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fomo.run.same_file", lambda path, other: (_ for _ in ()).throw(KeyboardInterrupt))
+        run.save_checkpoint(model={"a": torch.zeros(1)})
+    state = tmp_path / "run/state"
+    assert [path.name.split("-")[0] for path in checkpoints(state)] == ["000001"]
+    assert run.latest_checkpoint()["position"]["update"] == 0
+    run.save_checkpoint(model={"a": torch.ones(1)})
+    run.close()
+    assert sorted(path.name.split("-")[0] for path in state.glob("u*")) == ["update_000", "update_001"]
+    assert run.latest_checkpoint()["model"]["a"] == 1
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_weights(
