@@ -95,6 +95,6 @@ def pool_text(data: datafile.DataFile) -> str:
 
 def no_pool(data: datafile.DataFile) -> str:
     """What its absence costs and how to add one."""
-    costs = "nothing that the model knew before is replayed, so it forgets more (docs/guide.md, mixtures)"
+    costs = "nothing that the model knew before is replayed, so it forgets more (docs/life.md)"
     entry = "pretraining: [{source: webdataset, path: 'cc3m/{0000..0019}.tar'}]"
     return f"{data.path}: without a pretraining pool {costs}; to add one: {entry}"
