@@ -4,7 +4,8 @@
 
 All train the same model on the same batches from the pixel cache, each side in processes of its own that sleep
 while the others take their turn. Target at tiny: two ranks are at least 0.9 times as fast as one process with two
-threads.
+threads. On a busy machine ranks wait for the one that got no core: the CPU time of a step says what cores of their
+own would give. OMP_WAIT_POLICY=PASSIVE keeps threads that wait off the cores.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import socket
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -20,6 +22,7 @@ from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -37,8 +40,12 @@ from fomo.train import Precision, Timed, train  # noqa: E402
 CPU = torch.device("cpu")
 
 
-def turns_of(case: Case, folder: Path, ranks: Ranks) -> Iterator[float]:
-    """Samples/s of all ranks together."""
+class Turn(NamedTuple):
+    rate: float  # samples/s of all ranks together
+    step: float  # seconds of this process's CPU time
+
+
+def turns_of(case: Case, folder: Path, ranks: Ranks) -> Iterator[Turn]:
     clip = new(case.config, seed=0)
     samples = Collection([Samples(pictures_of(folder), clip, clip.image_size, "pictures")])
     draws = [("update", pool_of(samples, (0,)), case.batch_size)]
@@ -61,7 +68,9 @@ def turns_of(case: Case, folder: Path, ranks: Ranks) -> Iterator[float]:
         for step in steps:
             if step.number + 1 == WARM:
                 lap(loader, CPU)
-        yield case.steps * case.batch_size / lap(loader, CPU)[0]
+                began = time.process_time()
+        step = (time.process_time() - began) / case.steps
+        yield Turn(case.steps * case.batch_size / lap(loader, CPU)[0], step)
 
 
 def serve(pipe: Connection, case: Case, folder: Path, environment: dict[str, str]) -> None:
@@ -75,8 +84,8 @@ def serve(pipe: Connection, case: Case, folder: Path, environment: dict[str, str
 
 
 @contextmanager
-def side(case: Case, folder: Path, processes: int) -> Iterator[Callable[[], float]]:
-    """Processes that wait for their turns; a turn gives the rate of the first."""
+def side(case: Case, folder: Path, processes: int) -> Iterator[Callable[[], Turn]]:
+    """Processes that wait for their turns; a turn is told by the slowest."""
     context, pipes, started = get_context("spawn"), [], []
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
@@ -88,10 +97,10 @@ def side(case: Case, folder: Path, processes: int) -> Iterator[Callable[[], floa
         theirs.close()
         pipes.append(ours)
 
-    def take_turn() -> float:
+    def take_turn() -> Turn:
         for pipe in pipes:
             pipe.send(None)
-        return max(pipe.recv() for pipe in pipes)
+        return min(pipe.recv() for pipe in pipes)
 
     try:
         yield take_turn
@@ -113,15 +122,18 @@ def main(model: str, ranks: int, batch_size: int | None, steps: int | None, turn
             for one, processes in ((case, ranks), (replace(case, threads=ranks), 1), (case, 1))
         ]
         done = [[take_turn() for take_turn in sides] for _ in range(turns + 1)][1:]  # the first fills caches
-    together, threads, one = (statistics.median(rates) for rates in zip(*done, strict=True))
-    print(f"{model}, batch {case.batch_size}, samples/s: {ranks} ranks {together:.0f}")
-    for name, rate, place in (
-        (f"one process, {ranks} threads", threads, 1),
-        ("one process, 1 thread", one, 2),
-    ):
-        ratios = sorted(rates[0] / rates[place] for rates in done)
-        spread = f"lowest {ratios[0]:.2f}, highest {ratios[-1]:.2f}, n = {turns}"
-        print(f"  {name} {rate:.0f}: ratio {statistics.median(ratios):.2f} ({spread})")
+    rates = [statistics.median(turn.rate for turn in own) for own in zip(*done, strict=True)]
+    print(f"{model}, batch {case.batch_size}, samples/s: {ranks} ranks {rates[0]:.0f}")
+    for place, name in ((1, f"one process, {ranks} threads"), (2, "one process, 1 thread")):
+        ratios = [turn[0].rate / turn[place].rate for turn in done]
+        print(f"  {name} {rates[place]:.0f}: ratio {spread(ratios)}")
+    ratios = [turn[2].step / turn[0].step for turn in done]
+    print(f"  CPU time of a step, of one process with 1 thread over a rank's: {spread(ratios)}")
+
+
+def spread(ratios: list[float]) -> str:
+    found = f"lowest {min(ratios):.2f}, highest {max(ratios):.2f}, n = {len(ratios)}"
+    return f"{statistics.median(ratios):.2f} ({found})"
 
 
 if __name__ == "__main__":
