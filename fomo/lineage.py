@@ -150,7 +150,7 @@ def copy_state(parent: Path, child: Path, checkpoint: dict, updates: int) -> Non
     began = {"updates": updates, "evaluated": False, "began": checkpoint["position"]["seconds"]}
     (child / "state").mkdir()
     Run(child, Position(**{**checkpoint["position"], **began})).save_checkpoint(**content)
-    shutil.copytree(parent / "model", child / "model")
+    shutil.copytree(Run(parent).model, child / "model")
     if (parent / "experts").exists():
         shutil.copytree(parent / "experts", child / "experts", copy_function=same_file)
 
@@ -224,7 +224,7 @@ def roll_back(folder: Path, update: int) -> str:
         weights = folder / f"weights/update_{update:03d}.safetensors"
         if not weights.exists():
             raise UserError(f"{weights}: not kept, see evaluation.keep_weights")
-        clip = load_model(None, str(folder / "model"))
+        clip = load_model(None, str(Run(folder).model))
         clip.model.load_state_dict(load_file(weights))
         Run(folder).save_model(clip)
         write_atomically(folder / "state/head", json.dumps({"update": update}).encode())
