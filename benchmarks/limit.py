@@ -27,6 +27,7 @@ from fomo.bench import SETTINGS, WARM, case_of, lap, pictures_of, write_pictures
 from fomo.clip import Clip, contrastive_loss, encode, new  # noqa: E402
 from fomo.datasets.mixture import Batches, pool_of  # noqa: E402
 from fomo.datasets.samples import Collection, Samples  # noqa: E402
+from fomo.forecast import matrix_rate  # noqa: E402
 from fomo.methods import Method  # noqa: E402
 from fomo.train import Precision, Timed, on_device, pick_device, train  # noqa: E402
 
@@ -83,18 +84,6 @@ class Sides:
                 contrastive_loss(encode(self.model, inputs.images, inputs.tokens)).backward()
         self.optimizer.zero_grad(set_to_none=True)
         return counter.get_total_flops() / self.case.steps
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype | None, turns: int) -> float:
-    """The best FLOP/s of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 1536
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype or torch.float32)
-    clock, rates = Timed([]), []
-    for _ in range(turns):
-        lap(clock, device)
-        a @ b
-        rates.append(2 * n**3 / lap(clock, device)[0])
-    return max(rates)
 
 
 def main(

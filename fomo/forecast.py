@@ -12,7 +12,6 @@ from fomo.recipe import Recipe
 from fomo.train import Precision, pick_device
 
 USED = 0.4  # of the matrix rate that training reaches: a guess until the run has timed itself
-SIDE = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # of the matrices that are multiplied
 
 
 def foresee(recipe: Recipe, device: str) -> str:
@@ -20,15 +19,11 @@ def foresee(recipe: Recipe, device: str) -> str:
     place = pick_device(device, recipe.threads)
     data = datafile.read(recipe.data)
     concepts, sizes = concepts_of(data)
-    tests = [
-        source
-        for role in (data.adaptation, data.evaluation)
-        for e in role.values()
-        if (source := e.open("test"))
-    ]
+    entries = [*data.adaptation.values(), *data.evaluation.values()]
+    tests = [source for entry in entries if (source := entry.open("test")) is not None]
     scored = sum(map(len, tests))
     updates, work = recipe.stream.updates, work_of(recipe)
-    rate = matrix_rate(place, Precision(recipe.precision, place))
+    rate = matrix_rate(place, Precision(recipe.precision, place).dtype) / 1e9
     lines = [
         f"learns {len(concepts)} concepts with {sum(sizes):,} pictures in {updates} updates; {pool_text(data)}",
         f"scored on {len(tests)} test sets with {scored:,} pictures",
@@ -59,21 +54,16 @@ def training_lines(recipe: Recipe, work: Work, updates: int, scored: int, rate: 
     ]
 
 
-def matrix_rate(device: torch.device, precision: Precision) -> float:
-    """GFLOP/s of square matrix products, measured for half a second."""
-    side = SIDE[device.type]
-    a = torch.randn(side, side, device=device, dtype=precision.dtype or torch.float32)
-    done, began = 0, 0.0
-    for i in range(1_000_000):
-        product = a @ a
-        if i == 2:  # warm
-            product[0, 0].item()
-            began, done = time.monotonic(), i
-        if i > 2 and i % 4 == 0:
-            product[0, 0].item()  # waits for the device
-            if time.monotonic() - began > 0.5:
-                return 2 * side**3 * (i - done) / (time.monotonic() - began) / 1e9
-    raise AssertionError("half a second has no end")
+def matrix_rate(device: torch.device, dtype: torch.dtype | None, turns: int = 5) -> float:
+    """The best FLOP/s of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype or torch.float32)
+    rates = []
+    for _ in range(turns):
+        began = time.monotonic()
+        (a @ b)[0, 0].item()  # waits for the device
+        rates.append(2 * n**3 / (time.monotonic() - began))
+    return max(rates)
 
 
 def disk(recipe: Recipe) -> float:

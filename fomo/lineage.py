@@ -176,36 +176,22 @@ def ancestry(folder: Path) -> list[tuple[Path, int]]:
 
 def history(folder: Path) -> str:
     """A line per update of the life that this run has deployed, the untouched model first."""
-    runs, rows = ancestry(folder), []
-    for run, last in runs:
+    lines = [
+        f"{'update':>6} {'KA':>6} {'ZS':>6} {'steps':>8}  {'weights':16}  run: what it taught (concepts)"
+    ]
+    told = -1
+    for run, last in ancestry(folder):
         updates = Run(run).life()["updates"]
         for line in read_lines(run / "metrics.jsonl"):
             number = line["update"]
-            if number > last or (rows and number <= rows[-1][0]):
-                continue  # rolled back; or scored by the parent, before it had the child's test sets
+            if not told < number <= last:
+                continue  # rolled back; or a child's first, which its parent's line has told
+            told = number
             sets = Counter(dataset for dataset, _, _ in updates[number - 1]) if number else {}
             taught = ", ".join(f"{name} ({count})" for name, count in sets.items()) or "the untouched model"
-            rows.append(
-                (
-                    number,
-                    percent(line["ka"]),
-                    percent(line["zs"]),
-                    line["steps"],
-                    weights_hash(run, number),
-                    run.name,
-                    taught,
-                )
-            )
-    head = f"{'update':>6} {'KA':>6} {'ZS':>6} {'steps':>8}  {'weights':16}  run: what it taught (concepts)"
-    return "\n".join(
-        [
-            head,
-            *(
-                f"{u:6} {ka:>6} {zs:>6} {steps:8,}  {weights:16}  {run}: {taught}"
-                for u, ka, zs, steps, weights, run, taught in rows
-            ),
-        ]
-    )
+            scores = f"{number:6} {percent(line['ka']):>6} {percent(line['zs']):>6} {line['steps']:8,}"
+            lines.append(f"{scores}  {weights_hash(run, number):16}  {run.name}: {taught}")
+    return "\n".join(lines)
 
 
 def percent(value: float | None) -> str:
