@@ -110,16 +110,30 @@ class Ranks:
 
     @torch.no_grad()
     def sum_(self, tensors: list[Tensor]) -> None:
-        """Each tensor becomes its sum over ranks; the small ones travel together."""
+        """Each tensor becomes its sum over ranks; the small ones travel together, large ones on the CPU without
+        the rows that are zero everywhere: a batch has a few hundred words, the vocabulary 49,408."""
         if not self.several:
             return
         small = [t for t in tensors if t.numel() < LARGE or not t.is_contiguous()]
         joined = torch.cat([t.flatten() for t in small])
         with met():
             for large in (joined, *(t for t in tensors if t.numel() >= LARGE and t.is_contiguous())):
-                dist.all_reduce(large)
+                if large.ndim < 2 or large.is_cuda:  # there nothing must be read back to the host
+                    dist.all_reduce(large)
+                else:
+                    sum_rows(large)
         for tensor, total in zip(small, joined.split([t.numel() for t in small]), strict=True):
             tensor.copy_(total.view_as(tensor))
+
+
+def sum_rows(tensor: Tensor) -> None:
+    bits = tensor.flatten(1).view(torch.int32)  # as numbers NaN would need care, and a copy
+    used = ((bits.amax(1) | bits.amin(1)) != 0).to(torch.uint8)
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    rows = used.nonzero().squeeze(1)
+    values = tensor[rows]
+    dist.all_reduce(values)
+    tensor[rows] = values
 
 
 ALONE = Ranks()

@@ -244,7 +244,9 @@ def run_jobs(jobs: list[Job], width: int, device: str) -> dict[str, str]:
     ):
         models = base_models(list(to_do.values()))
         bar.set_description(f"{len(models)} base models")
-        for name, problem in workers.do({key: (recipe, None) for key, recipe in models.items()}):
+        tasks = {key: (recipe, None) for key, recipe in models.items()}
+        for made, (name, problem) in enumerate(workers.do(tasks), 1):
+            bar.set_description(f"{len(models) - made} base models")
             if problem:
                 bar.write(f"base model {name}: {problem}", file=sys.stderr)  # its runs will say so as well
         done = 0

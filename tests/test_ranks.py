@@ -16,6 +16,7 @@ import torch
 from lives import stop_after, terminate
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 import fomo.eval
 import fomo.update
@@ -70,8 +71,7 @@ def enter(pipe, environment: dict, function: Callable, arguments: tuple) -> None
         return
     with joined("cpu") as ranks:
         pipe.send(function(ranks, *arguments))
-        pipe.close()
-        ranks.wait()
+        pipe.recv()  # tensors are fetched from a process that lives; `together` kills it
 
 
 # --- messages --------------------------------------------------------------------------------------------
@@ -91,7 +91,19 @@ def messages(ranks: Ranks) -> dict:
         "own": ranks.own(whole).equal(rows),
         "slopes": rows.grad.equal(2 * rows.detach()),
         "sums": [s.unique().tolist() for s in sums],
+        "rows": rows_of(ranks),
     }
+
+
+def rows_of(ranks: Ranks) -> Tensor:
+    """A large matrix with few rows that are not zero, and other ones on each rank."""
+    matrix = torch.zeros(2**13, 64)
+    matrix[ranks.number] = torch.linspace(-1, 0, 64)
+    matrix[5, 3], matrix[6, 63] = 1 + ranks.number, -0.0
+    if ranks.number:
+        matrix[7, 8] = torch.nan
+    ranks.sum_([matrix, torch.zeros(1)])
+    return matrix
 
 
 def test_ranks_gather_in_the_order_of_the_batch_and_slopes_come_back():
@@ -100,6 +112,10 @@ def test_ranks_gather_in_the_order_of_the_batch_and_slopes_come_back():
         assert said["first"] == {"number": 0, "tensor": said["first"]["tensor"], "path": ROOT}
         assert said["whole"].tolist() == [[0, 1], [10, 11], [2, 3], [12, 13]]
         assert said["sums"] == [[3], [2], [2]]
+        expected = torch.zeros(2**13, 64)
+        expected[:2] = torch.linspace(-1, 0, 64)
+        expected[5, 3], expected[7, 8] = 3, torch.nan
+        torch.testing.assert_close(said["rows"], expected, rtol=0, atol=0, equal_nan=True)
 
 
 # --- batches and steps -----------------------------------------------------------------------------------
