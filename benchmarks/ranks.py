@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,13 +28,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fomo.bench import SETTINGS, WARM, Case, case_of, lap, pictures_of, write_pictures  # noqa: E402
+from fomo.bench import WARM, Case, case_of, pictures_of, turns_of, write_pictures  # noqa: E402
 from fomo.clip import new  # noqa: E402
-from fomo.datasets.mixture import Batches, pool_of  # noqa: E402
-from fomo.datasets.samples import Collection, Samples  # noqa: E402
-from fomo.methods import Method  # noqa: E402
-from fomo.ranks import Ranks, joined  # noqa: E402
-from fomo.train import Precision, Timed, train  # noqa: E402
+from fomo.ranks import joined  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -45,42 +40,16 @@ class Turn(NamedTuple):
     step: float  # seconds of this process's CPU time
 
 
-def turns_of(case: Case, folder: Path, ranks: Ranks) -> Iterator[Turn]:
-    clip = new(case.config, seed=0)
-    samples = Collection([Samples(pictures_of(folder), clip, clip.image_size, "pictures")])
-    draws = [("update", pool_of(samples, (0,)), case.batch_size)]
-    optimizer = Method().optimizer(list(clip.model.parameters()), SETTINGS)
-    for number in count():
-        batches = Batches(draws, 0, number, WARM + case.steps).rows(ranks.number, ranks.count)
-        loader = Timed(batches.loader())
-        steps = train(
-            clip,
-            Method(),
-            optimizer,
-            loader,
-            lambda step: SETTINGS.lr,
-            device=CPU,
-            precision=Precision("float32", CPU),
-            clip_norm=SETTINGS.clip_norm,
-            max_scale=100.0,
-            ranks=ranks,
-        )
-        for step in steps:
-            if step.number + 1 == WARM:
-                lap(loader, CPU)
-                began = time.process_time()
-        step = (time.process_time() - began) / case.steps
-        yield Turn(case.steps * case.batch_size / lap(loader, CPU)[0], step)
-
-
 def serve(pipe: Connection, case: Case, folder: Path, environment: dict[str, str]) -> None:
     os.environ.update(environment, FOMO_CACHE=str(folder / "cache"))
     torch.set_num_threads(case.threads)
     with joined("cpu") as ranks, suppress(EOFError):
-        turns = turns_of(case, folder, ranks)
+        turns = turns_of(case, new(case.config, seed=0), pictures_of(folder), CPU, ranks)
         while True:
             pipe.recv()
-            pipe.send(next(turns))
+            began = time.process_time()
+            rate = next(turns).rate
+            pipe.send(Turn(rate, (time.process_time() - began) / (WARM + case.steps)))
 
 
 @contextmanager

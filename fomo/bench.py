@@ -41,6 +41,7 @@ from fomo.datasets.tables import Table
 from fomo.datasets.world import World
 from fomo.errors import Failure, UserError
 from fomo.methods import Method
+from fomo.ranks import ALONE, Ranks
 from fomo.recipe import Optimizer, load
 from fomo.train import Precision, Timed, peak_memory, pick_device, train
 
@@ -235,14 +236,17 @@ def pictures_of(folder: Path) -> Source:
     return Table(str(folder / TABLE), separator="\t")
 
 
-def turns_of(case: Case, clip: Clip, source: Source, device: torch.device) -> Iterator[Turn]:
+def turns_of(
+    case: Case, clip: Clip, source: Source, device: torch.device, ranks: Ranks = ALONE
+) -> Iterator[Turn]:
+    """Turns of our training; with several ranks each takes its rows of the same batches."""
     clip.model.to(device)
     samples = Collection([Samples(source, clip, clip.image_size, "pictures")])
     draws = [("pretraining", pool_of(samples, (0,)), case.batch_size)]
     optimizer = Method().optimizer(list(clip.model.parameters()), SETTINGS)
     precision = Precision("auto", device)
     for number in count():
-        batches = Batches(draws, 0, number, WARM + case.steps)
+        batches = Batches(draws, 0, number, WARM + case.steps).rows(ranks.number, ranks.count)
         loader = Timed(batches.loader(workers=case.workers, pin=device.type == "cuda"))
         steps = train(
             clip,
@@ -254,6 +258,7 @@ def turns_of(case: Case, clip: Clip, source: Source, device: torch.device) -> It
             precision=precision,
             clip_norm=SETTINGS.clip_norm,
             max_scale=100.0,
+            ranks=ranks,
         )
         for step in steps:
             if step.number + 1 == WARM:

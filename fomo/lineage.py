@@ -32,14 +32,14 @@ from fomo.files import write_atomically
 from fomo.own import is_data_file
 from fomo.reading import read_lines
 from fomo.recipe import Recipe, load
-from fomo.run import Position, Run, file_hash, held, read_checkpoint, same_file
+from fomo.run import Position, Run, file_hash, held, kept_updates, read_checkpoint, same_file, update_of
 
 SHOWN = 12  # concepts of either kind in a comparison
 
 
 def head_of(folder: Path) -> int:
     """The update that a finished run has deployed: its last, or what `rollback` said."""
-    kept = sorted((folder / "state").glob("update_*-*.pt"))
+    kept = kept_updates(folder / "state")
     if not kept:
         raise UserError(f"{folder}: no finished update; expected the folder of a run")
     if (folder / "state/head").exists():
@@ -51,16 +51,12 @@ def head_of(folder: Path) -> int:
     return done
 
 
-def update_of(path: Path) -> int:
-    return int(path.stem.split("_")[1].split("-")[0])
-
-
 def state_after(folder: Path, update: int) -> dict:
     """The checkpoint that keeps an update."""
     found = sorted((folder / "state").glob(f"update_{update:03d}-*.pt"))
     checkpoint = read_checkpoint(found[-1]) if found else None
     if checkpoint is None:
-        kept = sorted({update_of(path) for path in (folder / "state").glob("update_*-*.pt")})
+        kept = dict.fromkeys(map(update_of, kept_updates(folder / "state")))
         problem = "is damaged" if found else "is not kept"
         raise UserError(f"{folder}: update {update} {problem}, kept: {', '.join(map(str, kept)) or 'none'}")
     return checkpoint

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -166,7 +167,7 @@ class Run:
     def latest_checkpoint(self) -> dict | None:
         """The newest checkpoint whose bytes are those that were written."""
         state = self.folder / "state"
-        for path in reversed([*sorted(state.glob("update_*-*.pt")), *checkpoints(state)]):
+        for path in reversed([*kept_updates(state), *checkpoints(state)]):
             if checkpoint := read_checkpoint(path):
                 return checkpoint
             print(f"{path}: damaged, passed over", file=sys.stderr)
@@ -193,8 +194,8 @@ class Run:
 
     def weights_before(self) -> OnDisk:
         """The newest weights that are kept from before this update."""
-        name = f"update_{self.position.update:03d}"
-        return OnDisk(max(p for p in (self.folder / "weights").glob("update_*") if p.stem < name))
+        kept = kept_updates(self.folder / "weights")
+        return OnDisk([path for path in kept if update_of(path) < self.position.update][-1])
 
     def save_weights(self, clip: Clip, keep: int | None) -> None:
         """The deployed weights of this update, and as the model that open_clip opens."""
@@ -204,7 +205,7 @@ class Run:
         write_tensors(clip.model.state_dict(), target)
         if keep is not None:
             for kept in (target.parent, self.folder / "state"):
-                for old in sorted(kept.glob("update_*"))[1:-keep]:  # the original stays
+                for old in kept_updates(kept)[1:-keep]:  # the original stays
                     old.unlink()
         self.save_model(clip)
 
@@ -281,6 +282,16 @@ def differences(before: dict, now: dict, where: str = "") -> list[str]:
 def checkpoints(state: Path) -> list[Path]:
     """Oldest first; those that only keep an update for `continue` are not among them."""
     return sorted(state.glob("[0-9]*-*.pt"))
+
+
+def kept_updates(folder: Path) -> list[Path]:
+    """What keeps an update in `weights` or `state`, oldest first: update_012.safetensors, update_012-HASH.pt."""
+    found = sorted(path for path in folder.glob("update_*") if path.suffix != ".part")
+    return sorted(found, key=update_of)  # by number: the names have three digits at least
+
+
+def update_of(path: Path) -> int:
+    return int(re.match(r"update_(\d+)", path.name)[1])
 
 
 def read_checkpoint(path: Path) -> dict | None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fomo.errors import Failure, UserError
 from fomo.recipe import load
-from fomo.run import Run, checkpoints, differences
+from fomo.run import Run, checkpoints, differences, kept_updates
 from fomo.update import run_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +182,13 @@ def test_an_update_is_kept_for_continue_before_its_checkpoint_counts(recipe, tmp
     run.close()
     assert sorted(path.name.split("-")[0] for path in state.glob("u*")) == ["update_000", "update_001"]
     assert run.latest_checkpoint()["model"]["a"] == 1
+
+
+def test_updates_have_the_order_of_their_numbers_and_unfinished_files_are_none(tmp_path):
+    names = [f"update_{n:03d}-0f.pt" for n in (2, 999, 1000, 12000)]
+    for name in (*reversed(names), "update_1001-0f.pt.part"):
+        (tmp_path / name).touch()
+    assert [path.name for path in kept_updates(tmp_path)] == names
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_weights(
