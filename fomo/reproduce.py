@@ -237,29 +237,26 @@ def run_jobs(jobs: list[Job], width: int, device: str) -> dict[str, str]:
     to_do = {job.folder.name: job for job in jobs if not job.finished}
     failed: dict[str, str] = {}
     form = "{desc} |{bar}| {percentage:.0f} %, {elapsed} gone, {remaining} to go"
-    total = sum(job.hours for job in to_do.values())
-    with (
-        Workers(min(width, max(1, len(to_do))), device) as workers,
-        tqdm(total=total, bar_format=form, disable=not to_do) as bar,
-    ):
+    with Workers(min(width, max(1, len(to_do))), device) as workers:
         models = base_models(list(to_do.values()))
-        bar.set_description(f"{len(models)} base models")
-        tasks = {key: (recipe, None) for key, recipe in models.items()}
-        for made, (name, problem) in enumerate(workers.do(tasks), 1):
-            bar.set_description(f"{len(models) - made} base models")
-            if problem:
-                bar.write(f"base model {name}: {problem}", file=sys.stderr)  # its runs will say so as well
-        done = 0
-        for name, problem in workers.do({key: (job.recipe, job.folder) for key, job in to_do.items()}):
-            job, done = to_do[name], done + 1
-            if problem:
-                failed[name] = f"{job.label}: {problem}"
-                bar.write(f"{job.folder}: {failed[name]}", file=sys.stderr)
-            else:
-                for scrap in ONLY_TO_RESUME:
-                    shutil.rmtree(job.folder / scrap, ignore_errors=True)
-            bar.update(job.hours)
-            bar.set_description(f"{done} of {len(to_do)} runs")
+        with tqdm(total=len(models), desc="base models", bar_format=form, disable=not models) as bar:
+            for name, problem in workers.do({key: (recipe, None) for key, recipe in models.items()}):
+                if problem:  # its runs will say so as well
+                    bar.write(f"base model {name}: {problem}", file=sys.stderr)
+                bar.update()
+        total = sum(job.hours for job in to_do.values())
+        with tqdm(total=total, bar_format=form, disable=not to_do or workers.signum > 0) as bar:
+            tasks = {key: (job.recipe, job.folder) for key, job in to_do.items()}
+            for done, (name, problem) in enumerate(workers.do(tasks), 1):
+                job = to_do[name]
+                if problem:
+                    failed[name] = f"{job.label}: {problem}"
+                    bar.write(f"{job.folder}: {failed[name]}", file=sys.stderr)
+                else:
+                    for scrap in ONLY_TO_RESUME:
+                        shutil.rmtree(job.folder / scrap, ignore_errors=True)
+                bar.set_description(f"{done} of {len(to_do)} runs", refresh=False)
+                bar.update(job.hours)
     if workers.signum:
         raise Interrupted(workers.signum, "the same command goes on from here")
     return failed
