@@ -55,13 +55,6 @@ class Finding:
             "seconds": f"{self.seconds:.0f}",
         }
 
-    def interval(self) -> str:
-        """For a reader: +1.2 [0.4, 2.0]."""
-        if self.decision is None:
-            return ""
-        text = f"{self.decision.effect:+.1f}"
-        return text + (" [{:.1f}, {:.1f}]".format(*self.decision.interval) if self.decision.interval else "")
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -102,6 +95,16 @@ class Outcome:
             rows.append([name, *(shown(self.scores(name, key)) for key in SCORES), n])
         return rows
 
+    def needs_rows(self) -> list[list[str]]:
+        """A row for every inequality of the claims."""
+        rows = []
+        for claim in self.study.claims:
+            for comparison in claim.comparisons():
+                decision = decide(comparison, self.lives)
+                verdict = decision.verdict if decision else UNFINISHED
+                rows.append([claim.id, comparison.text, effect_of(decision), verdict])
+        return [["claim", "needs", "effect [95 %]", "verdict"], *rows] if rows else []
+
     def grid_rows(self) -> list[list[str]]:
         """The study's grid: GM of the variant at each place."""
         titles = list(next(iter(self.study.grid.values()), {}))
@@ -136,6 +139,15 @@ class Outcome:
 def shown(of_runs: np.ndarray) -> str:
     """Mean and spread; nothing of no runs."""
     return number(of_runs) if len(of_runs) else ""
+
+
+def effect_of(decision: Decision | None) -> str:
+    """+1.2 [0.4, 2.0], without an interval where there is one seed."""
+    if decision is None:
+        return ""
+    return f"{decision.effect:+.1f}" + (
+        " [{:.1f}, {:.1f}]".format(*decision.interval) if decision.interval else ""
+    )
 
 
 def curve(name: str, lives: Mapping[int, Mapping[str, np.ndarray]]) -> Curve:
@@ -188,7 +200,7 @@ def claims_rows(findings: list[Finding]) -> list[list[str]]:
             finding.claim.id,
             f"{finding.claim.says} ({finding.claim.place})",
             finding.verdict,
-            finding.interval(),
+            effect_of(finding.decision),
             finding.decision.comparison.text if finding.decision else "",
             finding.claim.paper or "",
             finding.row()["n"],
@@ -236,7 +248,8 @@ def html_page(outcomes: list[Outcome], findings: list[Finding], scale: str) -> s
 
 
 def tables_of(outcome: Outcome) -> list[list[list[str]]]:
-    return [rows for rows in (outcome.rows(), outcome.grid_rows(), outcome.best_peaks()) if rows]
+    tables = outcome.rows(), outcome.needs_rows(), outcome.grid_rows(), outcome.best_peaks()
+    return [rows for rows in tables if rows]
 
 
 # --- docs/reproduction.md --------------------------------------------------------------------------------

@@ -258,6 +258,13 @@ def test_a_grid_shows_gm_at_each_place(tmp_path):
     assert rows[1] == ["zeroshot", "10.5 ± 0.7", "11.5 ± 0.7"] and rows[2][1] == "12.5 ± 0.7"
 
 
+def test_every_inequality_of_a_study_is_listed_with_its_effect(tmp_path):
+    claims = [claim("1", "ka(slow) - ka(fast) > 0.5", "ka(slow) - ka(fast) < 0"), claim("2", "ka(fast) > 11")]
+    rows = outcome_of(folder=tmp_path, claims=claims).needs_rows()
+    assert rows[1] == ["1", "ka(slow) - ka(fast) > 0.5", "+1.0 [1.0, 1.0]", "holds"]
+    assert rows[2][3] == "does not hold" and rows[3][0] == "2" and rows[3][3] == "undecided"
+
+
 def test_the_best_peak_is_that_of_the_highest_gm_and_an_end_of_the_ladder_is_told(tmp_path):
     rows = outcome_of(folder=tmp_path, peaks={"fast": [1e-3, 1e-2]}, claims=[]).best_peaks()
     assert rows[1] == ["fast", "0.01 (at the end of the ladder)", "0.001: 12.5, 0.01: 13.5"]
