@@ -78,12 +78,6 @@ class FrozenBaseline:
         """Accuracy on test samples of all the dataset's classes, those not seen yet included."""
         return proportion("accuracy", self.predict(dataset, features) == labels.cpu())
 
-    def state(self) -> dict:
-        return {name: vars(sums) for name, sums in self.datasets.items()}
-
-    def load_state(self, state: dict) -> None:
-        self.datasets = {name: Sums(**sums) for name, sums in state.items()}
-
 
 def trajectory(
     updates: Iterable[Iterable[tuple[str, Samples, np.ndarray]]], tests: list[TestSet], features: Callable

@@ -1,7 +1,5 @@
 """The frozen baseline against the joint ridge solution and against least squares."""
 
-import io
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,19 +85,6 @@ def test_learning_nothing_changes_nothing(data):
     before = baseline.classifier("flags")[0]
     baseline.learn("flags", features[:0], labels[:0])
     assert torch.equal(before, baseline.classifier("flags")[0])
-
-
-def test_state_loads_with_weights_only_and_goes_on(data):
-    features, labels = data
-    one, two, three = by_class(labels)
-    baseline, file = learned(features, labels, [one, two]), io.BytesIO()
-    torch.save(baseline.state(), file)
-    file.seek(0)
-    resumed = FrozenBaseline(0.7)
-    resumed.load_state(torch.load(file, weights_only=True))
-    for each in (baseline, resumed):
-        each.learn("flags", features[three], labels[three])
-    assert torch.equal(baseline.classifier("flags")[0], resumed.classifier("flags")[0])
 
 
 def test_a_strength_that_is_not_positive_is_refused():

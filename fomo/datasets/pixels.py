@@ -73,9 +73,6 @@ class Pixels:
         height, width = self.shapes[index]
         return self.memory[self.offsets[index] : self.offsets[index + 1]].reshape(height, width, 3)
 
-    def readable(self, index: int) -> bool:
-        return self.shapes[index, 0] > 0
-
     def intact(self, whole: bool = False) -> bool:
         """Whether sizes and checksums are those that were written; pixels only of small caches, or if `whole`."""
         file = self.folder / "pixels.bin"
@@ -123,9 +120,6 @@ class Decoded:
         if not folder.exists():
             build(self.source, self.size, self.name, folder, keep=False)
         return read_array(folder, "shapes", np.uint16).reshape(-1, 2)
-
-    def readable(self, index: int) -> bool:
-        return self.shapes[index, 0] > 0
 
 
 def open_pixels(source: Source, size: int, name: str) -> Pixels | Decoded:
