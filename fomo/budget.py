@@ -83,9 +83,8 @@ def work_of(recipe: Recipe) -> Work:
     counted = kept(training)
     finetuning = kept(dataclasses.replace(training, method={"name": "finetune"}))
     per_step, per_update = counted.step_flops / 1e9, counted.update_flops / 1e9
-    if (
-        recipe.budget.fisher == "per_step" and innermost(recipe.method)["name"] == "ewc"
-    ):  # as the paper's Table 4
+    every_step = recipe.budget.fisher == "per_step" and innermost(recipe.method)["name"] == "ewc"
+    if every_step:  # as the paper's Table 4
         per_step, per_update = per_step + per_update, 0.0
     multiplier = round(counted.peak_memory / finetuning.peak_memory, 4)
     return Work(per_step, per_update, counted.peak_memory, multiplier)

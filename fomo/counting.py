@@ -174,9 +174,7 @@ class Peak(TorchDispatchMode):
         self.pretraining, self.now, self.peak, self.alive = pretraining, 0, 0, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if (
-            func is torch.ops.aten.nonzero.default
-        ):  # distill looks up its pairs, and fake tensors hold no values
+        if func is torch.ops.aten.nonzero.default:  # by which distill finds its pairs; fakes hold no values
             out = torch.zeros(self.pretraining, 1, dtype=torch.int64)
         else:
             out = func(*args, **(kwargs or {}))

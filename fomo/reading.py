@@ -149,9 +149,8 @@ class Group:
     def spent(self) -> tuple[str, list[int], np.ndarray] | None:
         """(unit, updates, percent of the allowed that was spent since the evaluation before), mean over runs."""
         for what, unit in LIMITS.items():
-            shares = (
-                100 * np.diff(self.values(what)) / (np.diff(self.updates) * self.allowed(what))
-            )  # (R, U-1)
+            allowed = np.diff(self.updates) * self.allowed(what)  # (R, U-1)
+            shares = 100 * np.diff(self.values(what)) / allowed
             if shares.size and np.isfinite(shares).all():
                 return unit, self.updates[1:], shares.mean(axis=0)
         return None

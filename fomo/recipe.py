@@ -81,9 +81,7 @@ class Mixture:
     pretraining: float = 0.33
     update: float = 0.34
     buffer: float = 0.33
-    empty_buffer: str = (
-        "split"  # first update: buffer's share goes half to each of the others, or all to `update`
-    )
+    empty_buffer: str = "split"  # first update: buffer's share half to each of the others; or all to `update`
     limit: int | None = None  # samples that the buffer keeps of all it has seen, uniformly; null: all
 
     def __post_init__(self):
@@ -167,17 +165,11 @@ class Temperature:
 
 @dataclass(frozen=True)
 class Evaluation:
-    subset: float = (
-        0.1  # share of each test set used during the run, at least 300 samples and 2 per class; 1: all
-    )
+    subset: float = 0.1  # share of each test set scored during the run, at least 300 and 2 per class; 1: all
     every: int = 1  # evaluate after every n-th update (and always after the last)
     keep_weights: int | None = 3  # how many of the latest deployed weights to keep; null: all
-    frozen: bool = (
-        False  # also score ridge regression on the untouched model's features: one pass over the data
-    )
-    keeps: list[float] = field(
-        default_factory=list
-    )  # last update: also score these shares of what was before
+    frozen: bool = False  # also score ridge regression on the untouched model's features
+    keeps: list[float] = field(default_factory=list)  # last update: score these shares of the old model, too
 
     def __post_init__(self):
         if not 0 < self.subset <= 1:
