@@ -29,7 +29,7 @@ lint: $(VENV)/installed-dev ## ruff: mistakes and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-reproduce: $(VENV)/installed ## every study of the guide; make reproduce SCALE=b32 on a GPU; tiny: hours on 2 CPU cores
+reproduce: $(VENV)/installed ## every study of the guide, two hours on 2 CPU cores; make reproduce SCALE=b32 on a GPU
 	$(PY) fomo.py reproduce --scale $(SCALE)
 
 clean: ## remove the environment and the runs (the cache in ~/.cache/fomo stays)
