@@ -120,5 +120,7 @@ if __name__ == "__main__":
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     said = vars(parser.parse_args())
+    usual = torch.get_num_threads()
     for name in said.pop("model") or ("tiny", "ViT-B-32"):
+        torch.set_num_threads(usual)  # a scale may have its own
         main(name, **said)
