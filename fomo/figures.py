@@ -145,7 +145,7 @@ def plane_figure(curves: list[Curve]) -> Figure:
             colour = draw_way(axes, curve, points, line_style(ways[curve.label], len(points)))
             if len(ways) <= LABELLED and len(points) > 1:
                 labels.append((*points[-1], shorten(curve.label, 30), colour))
-        obstacles.append(points)
+        obstacles += [points, *error_bars(curve, points[-1])]
         at_least(axes, points[-1], span=2)
     for star in stars.values():
         axes.plot(*star, marker="*", markersize=14, color="black", markeredgecolor="white", zorder=5)
@@ -169,6 +169,12 @@ def draw_way(axes: Axes, curve: Curve, points: np.ndarray, style: dict) -> str:
         axes.errorbar(*points[-1], *spread, ecolor=style["color"], fmt="none")
         axes.plot(*points[-1], **{**style, "markersize": 8, "markeredgecolor": "white", "zorder": 4})
     return style["color"]
+
+
+def error_bars(curve: Curve, end: np.ndarray) -> list[np.ndarray]:
+    """Both of them as lines (2, 2) around the end (zs, ka)."""
+    spread = np.diag([curve.spread["zs"][-1], curve.spread["ka"][-1]])
+    return [np.stack([end - half, end + half]) for half in spread]
 
 
 def draw_joint(axes: Axes, curve: Curve, points: np.ndarray) -> tuple:

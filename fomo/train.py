@@ -254,7 +254,7 @@ def pick_device(name: str, threads: int | None = None) -> torch.device:
 
 def keep_freed_memory() -> None:
     """Let glibc hand what a step frees to the next step, not back to the system: getting it again, page by page,
-    costs a ViT-B-32 step 4 %. (What jemalloc is often loaded for.) Elsewhere nothing happens."""
+    costs a ViT-B-32 step 5 %. (What jemalloc is often loaded for.) Elsewhere nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
