@@ -127,6 +127,7 @@ class Ranks:
 
 
 def sum_rows(tensor: Tensor) -> None:
+    """(R, ...) float32 becomes its sum over ranks; only rows that are not zero on some rank are sent."""
     bits = tensor.flatten(1).view(torch.int32)  # as numbers NaN would need care, and a copy
     used = ((bits.amax(1) | bits.amin(1)) != 0).to(torch.uint8)
     dist.all_reduce(used, dist.ReduceOp.MAX)

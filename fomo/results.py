@@ -145,9 +145,8 @@ def effect_of(decision: Decision | None) -> str:
     """+1.2 [0.4, 2.0], without an interval where there is one seed."""
     if decision is None:
         return ""
-    return f"{decision.effect:+.1f}" + (
-        " [{:.1f}, {:.1f}]".format(*decision.interval) if decision.interval else ""
-    )
+    interval = " [{:.1f}, {:.1f}]".format(*decision.interval) if decision.interval else ""
+    return f"{decision.effect:+.1f}{interval}"
 
 
 def curve(name: str, lives: Mapping[int, Mapping[str, np.ndarray]]) -> Curve:

@@ -286,8 +286,8 @@ def checkpoints(state: Path) -> list[Path]:
 
 def kept_updates(folder: Path) -> list[Path]:
     """What keeps an update in `weights` or `state`, oldest first: update_012.safetensors, update_012-HASH.pt."""
-    found = sorted(path for path in folder.glob("update_*") if path.suffix != ".part")
-    return sorted(found, key=update_of)  # by number: the names have three digits at least
+    found = [path for path in folder.glob("update_*") if path.suffix != ".part"]
+    return sorted(found, key=lambda path: (update_of(path), path.name))  # 1000 comes after 999
 
 
 def update_of(path: Path) -> int:

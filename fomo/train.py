@@ -257,8 +257,8 @@ def keep_freed_memory() -> None:
     costs a ViT-B-32 step 5 %. (What jemalloc is often loaded for.) Elsewhere nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD of malloc.h: the most that it takes, so never
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: only larger blocks still come and go
 
 
 def peak_memory(device: torch.device) -> int:
