@@ -86,8 +86,8 @@ def update(path, out, resume, dry_run, device, workers, **said):
 
     --data may be a folder of pictures (class folders, a table, tar shards): one update teaches them all.
     """
-    from fomo.own import settled
-    from fomo.ranks import joined
+    from fomo.distributed import joined
+    from fomo.runs.lineage import settled
 
     path = path or Path(__file__).parent / "recipes" / "guide.yaml"
     with (
@@ -95,7 +95,7 @@ def update(path, out, resume, dry_run, device, workers, **said):
         ranks.entered(settled(path, out, resume, dry_run, **said)) as (recipe, folder),
     ):
         if dry_run:
-            from fomo.forecast import foresee
+            from fomo.budget.dry_run import foresee
 
             print(ranks.from_first(lambda: foresee(recipe, device)))
         else:
@@ -111,8 +111,8 @@ def update(path, out, resume, dry_run, device, workers, **said):
 @options("device", "workers")
 def go_on(run, data, out, device, workers):
     """The next update of a finished run, as a child run: its buffer is all that earlier updates taught."""
-    from fomo.lineage import continue_run
-    from fomo.ranks import joined
+    from fomo.distributed import joined
+    from fomo.runs.lineage import continue_run
     from fomo.update import run_recipe
 
     with joined(device) as ranks:
@@ -124,7 +124,7 @@ def go_on(run, data, out, device, workers):
 @click.argument("run", metavar="RUN")
 def log(run):
     """Every update that a run's model has lived through, its parents' too."""
-    from fomo.lineage import history
+    from fomo.runs.lineage import history
 
     print(history(Path(run)))
 
@@ -134,7 +134,7 @@ def log(run):
 @click.option("--to", "update_number", type=click.IntRange(min=0), required=True, metavar="N")
 def rollback(run, update_number):
     """Deploy update N again: model/ holds it and `continue` starts from it. Nothing is deleted."""
-    from fomo.lineage import roll_back
+    from fomo.runs.lineage import roll_back
 
     print(roll_back(Path(run), update_number))
 
@@ -145,7 +145,7 @@ def rollback(run, update_number):
 @click.argument("b", type=click.IntRange(min=0))
 def diff(run, a, b):
     """Which concepts got better and worse from update A to update B."""
-    from fomo.lineage import compare
+    from fomo.runs.lineage import compare
 
     print(compare(Path(run), a, b))
 
@@ -155,8 +155,8 @@ def diff(run, a, b):
 @options("model", "data", "scale", "set", "seed", "device")
 def eval(as_json, device, **said):
     """Score a model on every test set of a data file."""
-    from fomo.eval import table
-    from fomo.recipe import load
+    from fomo.eval.zero_shot import table
+    from fomo.load_recipe import load
     from fomo.update import score_model
 
     print(table(score_model(load(None, **said), device), as_json))
@@ -169,8 +169,8 @@ def eval(as_json, device, **said):
 @options("scale", "set", "device")
 def pretrain(out, device, **said):
     """Make a scale's base model from random weights; `update` does this by itself when it needs to."""
+    from fomo.load_recipe import load
     from fomo.pretrain import pretrain_scale
-    from fomo.recipe import load
 
     print(pretrain_scale(load(None, **said), out, device))
 
@@ -191,7 +191,7 @@ def pretrain(out, device, **said):
 @options("data", "device")
 def merge(rule, base, models, out, settings, sweep, data, device):
     """Merge checkpoints, oldest first; a two-model rule takes OLD NEW, and `keep` is the share of OLD."""
-    from fomo.checkpoints import merge_files, sweep_files
+    from fomo.merge_files import merge_files, sweep_files
 
     if sweep:
         print(sweep_files(rule, settings, sweep, base, models, data, Path(out), device))
@@ -209,15 +209,17 @@ def merge(rule, base, models, out, settings, sweep, data, device):
 @options("data", "model", "scale", "set", "seed", "device")
 def stream(plot, out, device, order, updates, per_dataset, reverse, **said):
     """Show the stream of a data file: what each update would learn, in which order."""
-    from fomo.datasets.orders import asked, preview
+    from fomo.devices import pick_device
+    from fomo.load_recipe import load
     from fomo.pretrain import starting_model
-    from fomo.recipe import load
-    from fomo.train import pick_device
+    from fomo.report.previews import preview_stream, stream_section
 
     recipe = load(None, **said)
-    how = asked(recipe.stream, order, updates, reverse, per_dataset)
+    how = stream_section(recipe.stream, order, updates, reverse, per_dataset)
     place = pick_device(device, recipe.threads)
-    print(preview(recipe, how, lambda: starting_model(recipe.model, place), place, out=out, picture=plot))
+    print(
+        preview_stream(recipe, how, lambda: starting_model(recipe.model, place), place, out=out, picture=plot)
+    )
 
 
 @cli.command()
@@ -236,7 +238,7 @@ def stream(plot, out, device, order, updates, per_dataset, reverse, **said):
 @options("scale", "set", "model")
 def budget(methods, updates, memory_table, fisher, measured, as_json, **said):
     """What each method costs in FLOPs and memory, and how many steps a scale's budget buys. Needs no GPU."""
-    from fomo.budget import make_table
+    from fomo.budget.mafs import make_table
 
     table = make_table(methods, updates, memory_table, fisher, measured, said)
     print(table.as_json() if as_json else table.as_text())
@@ -252,9 +254,9 @@ def budget(methods, updates, memory_table, fisher, measured, as_json, **said):
 @options("scale", "set", "seed")
 def schedule(paths, steps, as_csv, plot, **said):
     """Show the learning rate over a life: per update, as CSV, or drawn. Needs no data."""
-    from fomo.lifetime import preview, read_lives
+    from fomo.report.previews import preview_schedule, read_lives
 
-    print(preview(read_lives(paths, steps, said), as_csv=as_csv, picture=plot))
+    print(preview_schedule(read_lives(paths, steps, said), as_csv=as_csv, picture=plot))
 
 
 @cli.command()
@@ -265,7 +267,7 @@ def report(runs, out):
 
     -o FILE.html also writes the figures as PNG and SVG and the tables as CSV, to FILE_files beside it.
     """
-    from fomo.report import write_report
+    from fomo.report.page import write_report
 
     print(write_report([Path(run) for run in runs], Path(out) if out else None))
 
@@ -284,36 +286,9 @@ def report(runs, out):
 @options("scale", "device")
 def reproduce(studies, seeds, scale, **said):
     """Run the guide's studies (recipes/studies, all or the named ones) and say which of its claims hold."""
-    from fomo.reproduce import reproduce, whole_numbers
+    from fomo.guide.run_studies import reproduce, whole_numbers
 
     print(reproduce(studies, scale=scale or "tiny", seeds=whole_numbers("--seeds", seeds), **said))
-
-
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    metavar="NAME",
-    help="tiny or open_clip's name; by default tiny and ViT-B-32.",
-)
-@click.option(
-    "--batch-size", type=click.IntRange(min=2), help="By default what suits the model and the device."
-)
-@click.option("--turns", type=click.IntRange(min=1), default=5, show_default=True, help="Of each side.")
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Of torch on the CPU; by default the scale's or all."
-)
-@options("data", "device", "workers")
-def bench(as_json, models, **how):
-    """Training speed beside open_clip's own loop, side by side on this machine: minutes."""
-    import json
-
-    from fomo.bench import MODELS, compare_models, text
-
-    found = compare_models(models or MODELS, **how)
-    print(json.dumps(found, indent=2) if as_json else text(found))
 
 
 @cli.group()
@@ -325,7 +300,7 @@ def data():
 @click.option("--root", metavar="DIR", help="Say what of it is in this folder (the authors' layout).")
 def list_datasets(root):
     """The paper's 63 datasets: sizes, classes, domain, and where each can be had."""
-    from fomo.datasets.catalogue import listing
+    from fomo.datasets.sources.catalogue import listing
 
     print(listing(root))
 
@@ -351,9 +326,10 @@ def check_data(path, plot):
 @options("scale", "set", "model")
 def cache_data(path, size, **said):
     """Decode and resize every picture of a data file once, in parallel; `update` would do it on first use."""
-    from fomo.datasets.caching import fill_caches, side_of
+    from fomo.datasets.check import fill_caches, side_of
+    from fomo.load_recipe import load
 
-    print(fill_caches(path, size or side_of(path, said)))
+    print(fill_caches(path, size or side_of(path, load(None, data=path, **said).model)))
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fomo.datasets.crops import crop  # noqa: E402
-from fomo.datasets.folders import Folder  # noqa: E402
 from fomo.datasets.mixture import Batches, Pool, pool_of  # noqa: E402
 from fomo.datasets.samples import Collection, Samples  # noqa: E402
-from fomo.datasets.sources import Source  # noqa: E402
+from fomo.datasets.sources.base import Source  # noqa: E402
+from fomo.datasets.sources.folders import Folder  # noqa: E402
 
 SIZE, BATCH, MANY = 64, 512, 15_000_000
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)

@@ -29,10 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 from fomo import clip as fomo_clip  # noqa: E402
 from fomo.clip import Clip  # noqa: E402
+from fomo.datasets.features import IMAGES, image_features  # noqa: E402
 from fomo.datasets.samples import Samples  # noqa: E402
-from fomo.datasets.sources import Source  # noqa: E402
-from fomo.eval import IMAGES, class_features, image_features  # noqa: E402
-from fomo.fields import read_yaml  # noqa: E402
+from fomo.datasets.sources.base import Source  # noqa: E402
+from fomo.eval.zero_shot import class_features  # noqa: E402
+from fomo.schema import read_yaml  # noqa: E402
 
 CLASSES, PROMPT = 100, "a photo of a {}."
 

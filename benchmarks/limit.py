@@ -23,13 +23,15 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fomo.bench import SETTINGS, WARM, case_of, lap, pictures_of, write_pictures  # noqa: E402
+from speed import SETTINGS, WARM, case_of, lap, pictures_of, write_pictures  # noqa: E402
+
+from fomo.budget.dry_run import matrix_rate  # noqa: E402
 from fomo.clip import Clip, contrastive_loss, encode, new  # noqa: E402
 from fomo.datasets.mixture import Batches, pool_of  # noqa: E402
 from fomo.datasets.samples import Collection, Samples  # noqa: E402
-from fomo.forecast import matrix_rate  # noqa: E402
+from fomo.devices import pick_device  # noqa: E402
 from fomo.methods import Method  # noqa: E402
-from fomo.train import Precision, Timed, on_device, pick_device, train  # noqa: E402
+from fomo.train import Precision, Timed, on_device, train  # noqa: E402
 
 
 class Sides:

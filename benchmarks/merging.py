@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fomo import weights  # noqa: E402
-from fomo.files import OnDisk, write_tensors  # noqa: E402
+from fomo.atomic import OnDisk, write_tensors  # noqa: E402
 
 CASES = {
     "interpolate, 2 in memory": {"rule": "interpolate", "keep": 0.5},

@@ -28,9 +28,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fomo.bench import WARM, Case, case_of, pictures_of, turns_of, write_pictures  # noqa: E402
+from speed import WARM, Case, case_of, pictures_of, turns_of, write_pictures  # noqa: E402
+
 from fomo.clip import new  # noqa: E402
-from fomo.ranks import joined  # noqa: E402
+from fomo.distributed import joined  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,11 @@ turns: what else the machine does meets all alike.
 """
 
 import csv
+import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -23,6 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import click
 import numpy as np
 import open_clip
 import torch
@@ -32,18 +35,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from fomo.clip import Clip, new
-from fomo.datasets import datafile
-from fomo.datasets.mixture import Batches, pool_of
-from fomo.datasets.samples import Collection, Samples
-from fomo.datasets.sources import Source, rgb
-from fomo.datasets.tables import Table
-from fomo.datasets.world import World
-from fomo.errors import Failure, UserError
-from fomo.methods import Method
-from fomo.ranks import ALONE, Ranks
-from fomo.recipe import Optimizer, load
-from fomo.train import Precision, Timed, peak_memory, pick_device, train
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from fomo.clip import Clip, new  # noqa: E402
+from fomo.datasets import datafile  # noqa: E402
+from fomo.datasets.mixture import Batches, pool_of  # noqa: E402
+from fomo.datasets.samples import Collection, Samples  # noqa: E402
+from fomo.datasets.sources.base import Source, rgb  # noqa: E402
+from fomo.datasets.sources.tables import Table  # noqa: E402
+from fomo.datasets.sources.world import World  # noqa: E402
+from fomo.devices import peak_memory, pick_device  # noqa: E402
+from fomo.distributed import ALONE, Ranks  # noqa: E402
+from fomo.errors import Failure, UserError  # noqa: E402
+from fomo.load_recipe import load  # noqa: E402
+from fomo.methods import Method  # noqa: E402
+from fomo.recipe import Optimizer  # noqa: E402
+from fomo.train import Precision, Timed, train  # noqa: E402
 
 MODELS = ("tiny", "ViT-B-32")
 WARM = 1  # steps of a turn before the clock starts
@@ -363,3 +371,35 @@ def turn(case: Case, loader: Timed, device: torch.device) -> Turn:
 
 
 SIDES = {"ours": ours, "peer": peer, "plain": plain}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="tiny or open_clip's name; by default both of MODELS.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=2), help="By default what suits the model and the device."
+)
+@click.option("--turns", type=click.IntRange(min=1), default=5, show_default=True, help="Of each side.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Of torch on the CPU; by default the scale's or all."
+)
+@click.option("--data", metavar="FILE", help="Take pictures from this data file's pretraining pool.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto")
+@click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that make batches.")
+def main(as_json, models, **how):
+    """Training speed beside open_clip's own loop, side by side on this machine: minutes."""
+    try:
+        found = compare_models(models or MODELS, **how)
+    except (UserError, Failure) as error:
+        raise click.ClickException(str(error)) from None
+    print(json.dumps(found, indent=2) if as_json else text(found))
+
+
+if __name__ == "__main__":
+    main()

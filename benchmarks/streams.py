@@ -19,9 +19,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fomo.datasets.catalogue import catalogue  # noqa: E402
 from fomo.datasets.datafile import DataFile, Entry  # noqa: E402
 from fomo.datasets.orders import STARTS, Known, lightest_path, make_stream  # noqa: E402
+from fomo.datasets.sources.catalogue import catalogue  # noqa: E402
 from fomo.datasets.stream import Concept, read_stream  # noqa: E402
 from fomo.recipe import Stream  # noqa: E402
 

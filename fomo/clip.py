@@ -20,8 +20,8 @@ from open_clip.transformer import text_global_pool
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fomo.atomic import write_tensors
 from fomo.errors import UserError, one_line
-from fomo.files import write_tensors
 
 # What reading a file that is no checkpoint, or a failed download, may raise.
 NOT_TENSORS = (

@@ -199,3 +199,19 @@ def infinite_trunk(schedule: Schedule, a: float, t: int, n: int, N: int) -> floa
 def ceil_share(share: float, steps: int) -> int:
     """ceil(share * steps) without rounding noise: 0.07 of 100 steps is 7, though 0.07 * 100 > 7 in floats."""
     return math.ceil(share * steps - 1e-9)
+
+
+@dataclass(frozen=True)
+class RateCurve:
+    """A schedule over all updates: what `python fomo.py schedule` and the report draw."""
+
+    label: str
+    schedule: Schedule
+    peak: float
+    updates: int  # T
+    steps: int  # N
+
+    def rates(self, update: int, *, branch: bool = True) -> list[float]:
+        """The learning rates of one update (from 0), N of them."""
+        known = self.schedule, self.peak, update
+        return [learning_rate(*known, n, self.steps, branch=branch) for n in range(self.steps)]

@@ -1,12 +1,8 @@
 """The training step: forward, loss, backward, clipping, optimizer. Everything that trains runs through `train`."""
 
-import ctypes
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,10 +12,9 @@ from torch import Tensor, nn
 from fomo.clip import Clip, Features, contrastive_loss, encode, text_tower, trimmable
 from fomo.datasets.crops import crop
 from fomo.datasets.samples import Batch
-from fomo.errors import UserError
+from fomo.distributed import ALONE, Ranks
 from fomo.methods import Method
 from fomo.methods.base import Inputs
-from fomo.ranks import ALONE, Ranks
 
 LENGTHS = (16, 32)  # of captions in a compiled model, beside the whole context
 
@@ -234,40 +229,3 @@ class Timed:
         lap = max(now - self.lapped, 1e-9), self.waited
         self.lapped, self.waited = now, 0.0
         return lap
-
-
-def pick_device(name: str, threads: int | None = None) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU, there with so many threads."""
-    if threads:
-        torch.set_num_threads(threads)
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        raise UserError(
-            f"--device {name}: not available here, accepted: {', '.join(k for k, v in available.items() if v)}"
-        )
-    if name == "cpu":
-        keep_freed_memory()
-    return torch.device(name)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc hand what a step frees to the next step, not back to the system: getting it again, page by page,
-    costs a ViT-B-32 step 5 %. (What jemalloc is often loaded for.) Elsewhere nothing happens."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD of malloc.h: the most that it takes, so never
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: only larger blocks still come and go
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the device on CUDA, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # Linux; its ru_maxrss would include the process that started this one
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if "VmHWM" in line)
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -11,24 +11,26 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fomo.budget import Work, planned_steps, work_of
+from fomo.budget.mafs import Work, planned_steps, work_of
 from fomo.clip import Clip, load
 from fomo.datasets import datafile
+from fomo.datasets.eval_sets import open_tests
+from fomo.datasets.pools import Material, batches_of, open_material
 from fomo.datasets.samples import Batch
 from fomo.datasets.stream import composition
+from fomo.devices import machine, peak_memory, pick_device
+from fomo.distributed import ALONE, Ranks
 from fomo.errors import Failure, FieldError, Interrupted, UserError
-from fomo.eval import as_metrics, concept_scores, evaluate, open_tests
-from fomo.material import Material, batches_of, open_material
+from fomo.eval.scorer import Scorer
+from fomo.eval.zero_shot import as_metrics, concept_scores, evaluate
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Weights
 from fomo.pretrain import starting_model
-from fomo.ranks import ALONE, Ranks
 from fomo.recipe import Recipe, Temperature
-from fomo.report import write_report
-from fomo.run import Run
+from fomo.report.page import write_report
+from fomo.runs.folder import Run
 from fomo.schedules import learning_rate
-from fomo.scoring import Scorer
-from fomo.train import Precision, Step, Timed, on_device, peak_memory, pick_device, train
+from fomo.train import Precision, Step, Timed, on_device, train
 
 LOG_EVERY = 20  # steps between readings of the loss: on a GPU each reading waits for the device
 TIMED_STEPS = 5  # that calibrate a budget in hours, after one that warms up
@@ -332,12 +334,6 @@ def set_temperature(model: nn.Module, temperature: Temperature) -> None:
             model.logit_scale.fill_(math.log(1 / temperature.init))
     if temperature.learn is False:
         model.logit_scale.requires_grad_(False)
-
-
-def machine(ranks: Ranks) -> dict:
-    """What the last bits of a CPU run depend on."""
-    alone = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
-    return {**alone, "ranks": ranks.count} if ranks.several else alone
 
 
 def divisible(recipe: Recipe, ranks: Ranks) -> None:

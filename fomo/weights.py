@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomo.errors import FieldError, UserError
-from fomo.fields import build, one_of
+from fomo.schema import build, one_of
 
 Weights = Mapping[str, Tensor]
 Named = Iterator[tuple[str, Tensor]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fomo.update
 from fomo.errors import Interrupted
-from fomo.recipe import load
+from fomo.load_recipe import load
 
 
 def live(scale: Path, folder: Path, method: str, *, cut: int | None = None) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 from conftest import SMALL_DATA, SMALL_SCALE  # noqa: E402
 
 import fomo.update  # noqa: E402
-from fomo.run import checkpoints  # noqa: E402
+from fomo.runs.folder import checkpoints  # noqa: E402
 
 CHANGES = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 WRITES = os.O_WRONLY | os.O_RDWR

@@ -19,15 +19,15 @@ import torch
 from lives import stop_after
 from soak import FORKS, Child, Kill, contents, differing, kill_at_change, lines, update
 
-import fomo.run
+import fomo.runs.folder
 import fomo.update
-from fomo.budget import work_of
+from fomo.atomic import naming
+from fomo.budget.mafs import work_of
 from fomo.clip import Clip
 from fomo.clip import load as load_model
 from fomo.errors import Interrupted, UserError
-from fomo.files import naming
-from fomo.recipe import load
-from fomo.run import FORMAT, Run, checkpoints, file_hash, held
+from fomo.load_recipe import load
+from fomo.runs.folder import FORMAT, Run, checkpoints, file_hash, held
 from fomo.update import run_recipe
 
 COUNT = FORKS.RawValue("i", 0)
@@ -249,7 +249,7 @@ def test_a_folder_that_may_not_be_written_is_one_line(small_scale, tmp_path, mon
     def refuse(dir):
         raise OSError(30, "Read-only file system", str(dir))
 
-    monkeypatch.setattr(fomo.run.tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    monkeypatch.setattr(fomo.runs.folder.tempfile, "TemporaryFile", refuse)  # root may write anywhere
     with pytest.raises(UserError, match=r"--out .*run: cannot be written: Read-only file system"):
         Run.open(tmp_path / "run", recipe, resume=False)
 

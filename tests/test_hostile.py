@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 import fomo.train
 from fomo.clip import contrastive_loss
 from fomo.clip import load as load_model
+from fomo.datasets.cache import decode
 from fomo.datasets.datafile import read
-from fomo.datasets.folders import Folder
 from fomo.datasets.infer import as_data_file
-from fomo.datasets.pixels import decode
-from fomo.datasets.tables import Table
-from fomo.datasets.webdataset import Webdataset
+from fomo.datasets.sources.folders import Folder
+from fomo.datasets.sources.tables import Table
+from fomo.datasets.sources.webdataset import Webdataset
 from fomo.errors import Failure, UserError
-from fomo.recipe import load
+from fomo.load_recipe import load
 from fomo.update import run_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +123,7 @@ def test_a_pickle_that_would_run_code_is_refused_wherever_a_checkpoint_may_stand
 
 def test_a_checkpoint_of_a_run_that_was_exchanged_for_a_pickle_is_not_run(tmp_path, small_scale):
     """Even where its name carries the right hash."""
-    from fomo.run import file_hash
+    from fomo.runs.folder import file_hash
 
     recipe = load(None, scale=str(small_scale), overrides=["stream.updates=1"])
     run_recipe(recipe, tmp_path / "run", resume=False, device="cpu")

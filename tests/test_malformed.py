@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fomo.clip import new
+from fomo.datasets.cache import decode
 from fomo.datasets.datafile import read
-from fomo.datasets.pixels import decode
-from fomo.datasets.sources import Source
-from fomo.datasets.webdataset import Webdataset
+from fomo.datasets.sources.base import Source
+from fomo.datasets.sources.webdataset import Webdataset
 from fomo.errors import UserError
-from fomo.recipe import ROOT, load
-from tests.datasets.test_all_sources import Shapes, everything
+from fomo.load_recipe import ROOT, load
+from tests.datasets.sources.test_all_sources import Shapes, everything
 
 many = settings(
     max_examples=2000 if os.environ.get("FOMO_SOAK") else 200,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import fomo.methods
+from fomo.load_recipe import load
 from fomo.methods import METHODS, Method
-from fomo.recipe import load
 from fomo.update import run_recipe
 
 ROOT = Path(__file__).parents[1]

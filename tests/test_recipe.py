@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from fomo.errors import UserError
-from fomo.recipe import dump, load
+from fomo.load_recipe import load
+from fomo.recipe import dump
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml")) + sorted((ROOT / "recipes/methods").glob("*.yaml"))

@@ -13,10 +13,11 @@ from fomo.clip import contrastive_loss, encode, new
 from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches, pool_of
 from fomo.datasets.samples import Batch, Collection, Samples
+from fomo.load_recipe import load
 from fomo.methods import Method, build_method
 from fomo.methods.base import Inputs
 from fomo.pretrain import starting_model
-from fomo.recipe import Optimizer, load
+from fomo.recipe import Optimizer
 from fomo.train import Precision, backward, backward_in_parts, compiled, moved, on_device, train
 
 CPU = torch.device("cpu")

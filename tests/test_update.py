@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from fomo.clip import load as load_model
+from fomo.datasets.pools import batches_of, open_material
 from fomo.errors import UserError
-from fomo.material import batches_of, open_material
-from fomo.recipe import load
+from fomo.load_recipe import load
 from fomo.update import run_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -165,9 +165,9 @@ def test_the_tiny_scale_learns_what_it_is_taught(tmp_path):
 
 def test_an_infinite_schedule_deploys_a_branch_and_goes_on_from_the_trunk(small_scale, tmp_path, monkeypatch):
     """Without warm-up and with half an update of cooldown, the trunk of 4 steps is 2 steps at a constant rate."""
-    from fomo.budget import work_of
+    from fomo.budget.mafs import work_of
     from fomo.methods import Method
-    from fomo.run import read_checkpoint
+    from fomo.runs.folder import read_checkpoint
 
     common = ["stream.updates=2", "evaluation.frozen=false"]
     wsd = "schedule={name: wsd, meta: infinite, warmup: 0, cooldown: 0.5}"
@@ -195,7 +195,7 @@ def test_an_infinite_schedule_deploys_a_branch_and_goes_on_from_the_trunk(small_
 
 def test_a_budget_in_gflops_buys_steps_and_says_what_it_needs(small_scale, tmp_path):
     """At the tests' scale the whole is counted: what one update of finetuning costs buys it again."""
-    from fomo.budget import work_of
+    from fomo.budget.mafs import work_of
 
     work = work_of(load(None, scale=str(small_scale)))
     total = 3 * 5 * work.gflops_per_step

@@ -7,21 +7,22 @@ import hashlib
 import math
 import re
 import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import open_clip
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from fomo.datasets.datafile import DataFile, Entry, read
-from fomo.datasets.pixels import LIMIT, PARALLEL, decode, folder_of, opened, summary
-from fomo.datasets.sources import UNREADABLE, Source, rgb
-from fomo.datasets.store import Calls, cores
-from fomo.datasets.webdataset import Shards
+from fomo.datasets.arrays import Calls, cores
+from fomo.datasets.cache import LIMIT, PARALLEL, decode, folder_of, open_pixels, opened, summary
+from fomo.datasets.datafile import DataFile, Entry, read, wanted
+from fomo.datasets.sources.base import UNREADABLE, Source, rgb
+from fomo.datasets.sources.webdataset import Shards
 from fomo.errors import UserError
+from fomo.recipe import Model
 
 CHUNK = 64  # pictures that a process hashes at a time
 WORDS = 77  # a caption of more words cannot fit CLIP's context, whatever the words
@@ -95,16 +96,6 @@ def check(path: str | Path, plot: str | None = None) -> Findings:
     if plot:
         draw(found.splits, Path(plot))
     return found
-
-
-def wanted(data: DataFile) -> Iterator[tuple[Entry, str]]:
-    for entry in data.pretraining:
-        yield entry, "train"
-    for entry in data.adaptation.values():
-        yield entry, "train"
-        yield entry, "test"
-    for entry in data.evaluation.values():
-        yield entry, "test"
 
 
 def scan(entry: Entry, split: str, source: Source) -> Split:
@@ -223,3 +214,37 @@ def sheet(source: Source) -> Image.Image:
             (left + 3, top + TILE), textwrap.fill(texts[0][:200], 20, max_lines=3), "black", spacing=1
         )
     return page
+
+
+# --- data cache ---
+
+
+def fill_caches(path: str | Path, size: int) -> str:
+    """Make the cache of every split; -> a table of what is there."""
+    data = read(path)
+    if data.keep == "never":
+        raise UserError(f"{path}: cache: it says never, so there is nothing to make")
+    lines = []
+    for entry, split in wanted(data):
+        if (source := entry.open(split)) is None:
+            continue
+        source.cache = "always"  # that is what the command is for
+        pixels = open_pixels(source, size, f"{entry.where} ({split})")
+        place = f"{pixels.meta['bytes'] / 2**20:8.1f} MB  {pixels.folder}"
+        lines.append(f"{entry.where:24} {split:5} {len(source):9} pictures  {place}")
+    return "\n".join(lines)
+
+
+def side_of(path: str | Path, model: Model) -> int:
+    """The side that `update` would cache pictures at: the data file's image_size, else the model's.
+
+    That is read from its configuration: nothing is loaded or downloaded.
+    """
+    if side := read(path).image_size:
+        return side
+    config = model.config or (open_clip.get_model_config(model.name) if model.name else None)
+    if config is None:
+        what = model.name or model.pretrained
+        raise UserError(f"{what}: the image size is not known before the model is loaded, say --size")
+    size = config["vision_cfg"].get("image_size", 224)
+    return size[0] if isinstance(size, (tuple, list)) else size

@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -20,17 +21,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fomo.datasets.catalogue import with_catalogue
-from fomo.datasets.clip_benchmark import ClipBenchmark
-from fomo.datasets.folders import Folder
-from fomo.datasets.fomo_in_flux import FomoInFlux
-from fomo.datasets.sources import Part, Source, at_most, held_out
-from fomo.datasets.tables import Table, Tsv
-from fomo.datasets.torchvision import Torchvision
-from fomo.datasets.webdataset import Webdataset
-from fomo.datasets.world import World
+from fomo.datasets.sources.base import Part, Source, at_most, held_out
+from fomo.datasets.sources.catalogue import with_catalogue
+from fomo.datasets.sources.clip_benchmark import ClipBenchmark
+from fomo.datasets.sources.folders import Folder
+from fomo.datasets.sources.fomo_in_flux import FomoInFlux
+from fomo.datasets.sources.tables import Table, Tsv
+from fomo.datasets.sources.torchvision import Torchvision
+from fomo.datasets.sources.webdataset import Webdataset
+from fomo.datasets.sources.world import World
 from fomo.errors import FieldError, UserError
-from fomo.fields import at_least, build, convert, locate, one_of, read_yaml, refuse_unknown
+from fomo.schema import at_least, build, convert, locate, one_of, read_yaml, refuse_unknown
 
 SOURCES: dict[str, type[Source]] = {
     "world": World,
@@ -264,3 +265,13 @@ def absolute(entry: Entry) -> dict:
         elif isinstance(value, list):
             spec[key] = [place(path, entry) if isinstance(path, str) else path for path in value]
     return spec
+
+
+def wanted(data: DataFile) -> Iterator[tuple[Entry, str]]:
+    for entry in data.pretraining:
+        yield entry, "train"
+    for entry in data.adaptation.values():
+        yield entry, "train"
+        yield entry, "test"
+    for entry in data.evaluation.values():
+        yield entry, "test"

@@ -10,6 +10,7 @@ out. Nothing else is guessed: a prompt, a year, a pretraining pool can be added 
 """
 
 import csv
+import math
 import re
 import sys
 from pathlib import Path
@@ -17,13 +18,18 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
+from fomo.atomic import write_atomically
+from fomo.datasets import datafile
 from fomo.datasets.datafile import entry, say_once
-from fomo.datasets.folders import folders_in, pictures
-from fomo.datasets.sources import IMAGE_SUFFIXES, Source
+from fomo.datasets.sources.base import IMAGE_SUFFIXES, Source
+from fomo.datasets.sources.folders import folders_in, pictures
+from fomo.datasets.stream import concepts_of
 from fomo.errors import UserError
-from fomo.files import write_atomically
 
 HOLDOUT = 0.1
+PASSES = 10
+BATCHES = (16, 512)  # smallest and largest
+KEEP = 0.5  # of the original in the one merge there is; its whole curve is in the report
 TESTS = ("test", "val", "valid", "validation")  # the first that is there is the test split
 KINDS = {".csv": "csv", ".tsv": "tsv", ".tar": "webdataset"}
 COLUMNS = {  # of a table, in any case; the first that it has
@@ -237,3 +243,23 @@ def doubtful(source: Source) -> list[str]:
         for what, numbers in found
         if numbers
     ]
+
+
+# --- the size of an update for such data ---
+
+
+def is_data_file(path: str) -> bool:
+    return Path(path).suffix in (".yaml", ".yml")
+
+
+def fitted(file: Path) -> dict:
+    """What a scale would say, for the pictures of a data file without a pretraining pool."""
+    pictures = sum(concepts_of(datafile.read(file))[1])
+    smallest, largest = BATCHES
+    batch = min(max(2 ** int(math.log2(max(pictures / 4, 1))), smallest), largest)
+    return {
+        "stream": {"updates": 1},
+        "optimizer": {"batch_size": batch},
+        "budget": {"steps": math.ceil(PASSES * pictures / batch)},
+        "defaults": {"keep": KEEP},
+    }

@@ -12,7 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -23,25 +23,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fomo.clip import Clip
-from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile
+from fomo.datasets.features import image_features, text_features
 from fomo.datasets.samples import Samples
 from fomo.datasets.stream import (
     SEPARATOR,
     Concept,
-    concepts_of,
     cut,
     folders_of,
-    lines_of,
     match,
     plain,
-    plot,
-    summary,
-    write_stream,
 )
 from fomo.errors import UserError
-from fomo.eval import image_features, text_features
-from fomo.recipe import Recipe, Stream
+from fomo.recipe import Stream
 
 STARTS = 64  # nearest-neighbour paths that are tried; the paper tries all n
 OWN, MIXED = 50, 50  # pairs of a concept, and of the pretraining pool among them (paper, section 3.3)
@@ -295,42 +289,6 @@ def loss_among(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], scale:
     right = torch.arange(count, device=logits.device)
     both = F.cross_entropy(logits[:count], right) + F.cross_entropy(logits.T[:count], right)
     return both.item() / 2
-
-
-def asked(how: Stream, order: str | None, updates: int | None, reverse: bool, per_dataset: bool) -> Stream:
-    """The stream section of a recipe with what the command line says over it; an ORDER may be a stream file."""
-    if order and order.endswith(".json"):
-        how = replace(how, file=order)
-    elif order:
-        how = replace(how, order=order, file=None)
-    how = replace(how, updates=how.updates if updates is None else updates)
-    return replace(how, reverse=how.reverse or reverse, per_dataset=how.per_dataset or per_dataset)
-
-
-def preview(
-    recipe: Recipe,
-    how: Stream,
-    model: Callable[[], Clip],
-    device: torch.device,
-    *,
-    out: str | None = None,
-    picture: str | None = None,
-) -> str:
-    """A stream of the recipe's data as a table; written as an official file and drawn if asked for.
-
-    Orders that need no model open neither one nor any picture.
-    """
-    data = datafile.read(recipe.data)
-    concepts, sizes = concepts_of(data)
-    if how.per_dataset:
-        how = replace(how, updates=len({c.dataset for c in concepts}))
-    seed = recipe.seed if how.seed is None else how.seed
-    stream = make_stream(concepts, Known(how, seed, data, lambda: reference_of(data, model(), device)))
-    if out:
-        write_stream(out, lines_of([c for chunk in stream for c in chunk], data))
-    if picture:
-        plot(stream, Path(picture))
-    return summary(stream, {(c.dataset, c.label): n for c, n in zip(concepts, sizes, strict=True)})
 
 
 def reference_of(data: DataFile, clip: Clip, device: torch.device) -> Reference:

@@ -11,8 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fomo.clip import Clip
-from fomo.datasets.pixels import Decoded, Pixels, open_pixels
-from fomo.datasets.sources import Source
+from fomo.datasets.cache import Decoded, Pixels, open_pixels
+from fomo.datasets.sources.base import Source
 
 TOKENISED = 200_000  # pictures of a split up to which all captions are tokenised when it is opened
 

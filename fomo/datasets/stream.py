@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fomo.datasets.catalogue import catalogue, find
 from fomo.datasets.datafile import DataFile
+from fomo.datasets.sources.catalogue import catalogue, find
 from fomo.errors import UserError
 
 SEPARATOR = "+++"
@@ -167,13 +167,6 @@ def summary(stream: list[list[Concept]], sizes: dict[tuple[str, int], int]) -> s
         largest = ", ".join(f"{dataset} {n}" for dataset, n in sets.most_common(3))
         lines.append(f"{name}  {len(chunk):8,}  {samples:9,}  {len(sets):8}  {switches(chunk):8,}  {largest}")
     return "\n".join(lines)
-
-
-def plot(stream: list[list[Concept]], path: Path) -> None:
-    """Which dataset feeds which update, as an image file."""
-    from fomo.figures import stream_figure, write_figure  # brings matplotlib, which training does not need
-
-    write_figure(path, stream_figure, composition(stream))
 
 
 def composition(stream: list[list[Concept]]) -> list[dict[str, int]]:

@@ -1,7 +1,6 @@
 """Strategies by name. A new one is a file beside this one and a line in METHODS."""
 
 from fomo.errors import FieldError
-from fomo.fields import one_of, refuse_unknown
 from fomo.methods.base import Method
 from fomo.methods.distill import Distill
 from fomo.methods.dora import Dora
@@ -12,6 +11,7 @@ from fomo.methods.merge import Merge
 from fomo.methods.si import SynapticIntelligence
 from fomo.methods.subsets import BitFit, LnFit, Locked
 from fomo.methods.vera import Vera
+from fomo.schema import one_of, refuse_unknown
 
 METHODS: dict[str, type[Method]] = {
     "finetune": Method,

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 
 from fomo.errors import FieldError
-from fomo.fields import at_least, one_of
 from fomo.methods.base import Method, Weights
 from fomo.methods.subsets import in_both_towers, train_only
+from fomo.schema import at_least, one_of
 
 # Blocks of open_clip's transformers, of timm's ViTs and ConvNeXts, and the attention pool of open_clip's ResNets.
 TARGETS = {

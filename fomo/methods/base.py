@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fomo.clip import Features
-from fomo.fields import build
-from fomo.ranks import ALONE, Ranks
+from fomo.distributed import ALONE, Ranks
 from fomo.recipe import Optimizer
+from fomo.schema import build
 
 Weights = dict[str, Tensor]
 

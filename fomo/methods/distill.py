@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from fomo.clip import Features, encode
 from fomo.errors import FieldError
-from fomo.fields import at_least
 from fomo.methods.base import Inputs, Method
+from fomo.schema import at_least
 
 PRETRAINING = 0  # of Inputs.pools
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from fomo.clip import Features, contrastive_loss, encode
 from fomo.errors import FieldError
-from fomo.fields import at_least
 from fomo.methods.base import Inputs, Method, Weights
 from fomo.methods.pull import pull
+from fomo.schema import at_least
 
 
 @dataclass

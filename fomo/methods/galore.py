@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from fomo.errors import FieldError
-from fomo.fields import at_least, one_of
 from fomo.methods.base import Method
 from fomo.recipe import Optimizer
+from fomo.schema import at_least, one_of
 
 SIDES = ("std", "reverse_std", "right", "left")  # as released; std: the shorter side
 

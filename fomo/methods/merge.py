@@ -25,11 +25,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fomo import weights
+from fomo.atomic import OnDisk, write_tensors
 from fomo.errors import FieldError
-from fomo.fields import build, one_of
-from fomo.files import OnDisk, write_tensors
 from fomo.methods.base import Inputs, Method, Weights
 from fomo.recipe import Optimizer
+from fomo.schema import build, one_of
 
 INITS, DEPLOYS, PARTNERS = (
     ("zeroshot", "finetuned", "ema", "all"),

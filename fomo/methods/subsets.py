@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fomo.clip import text_tower
 from fomo.errors import FieldError, UserError
-from fomo.fields import one_of
 from fomo.methods.base import Method
+from fomo.schema import one_of
 
 TOWERS = {"image": r"^visual\.", "text": r"^(?!visual\.)"}  # patterns of parameter names
 

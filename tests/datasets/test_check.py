@@ -12,8 +12,7 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
-from fomo.datasets.caching import side_of_model
-from fomo.datasets.check import HEAD, check
+from fomo.datasets.check import HEAD, check, side_of
 from fomo.errors import UserError
 from fomo.recipe import Model
 
@@ -188,6 +187,7 @@ def test_the_side_of_a_cache_is_the_models_where_the_file_says_none(tmp_path, da
     assert result.exit_code == 0, result.output
     meta = next((tmp_path / "cache" / "pixels").glob("*/meta.json"))
     assert yaml.safe_load(meta.read_text())["size"] == 32
-    assert side_of_model(Model(name="ViT-L-14-336", pretrained="openai")) == 336
+    file = written(tmp_path, data)
+    assert side_of(file, Model(name="ViT-L-14-336", pretrained="openai")) == 336
     with pytest.raises(UserError, match="say --size"):
-        side_of_model(Model(pretrained="some/file.safetensors"))
+        side_of(file, Model(pretrained="some/file.safetensors"))

@@ -14,7 +14,7 @@ from PIL import Image
 from fomo.datasets.datafile import read
 from fomo.datasets.infer import as_data_file, infer, write_inferred
 from fomo.errors import UserError
-from fomo.recipe import load
+from fomo.load_recipe import load
 from fomo.update import run_recipe
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fomo.datasets.mixture import POOLS, Batches, Pool, pool_of, reservoir, shuffled, sub_batches
 from fomo.datasets.samples import Collection, Samples
-from fomo.datasets.sources import Source
+from fomo.datasets.sources.base import Source
 from fomo.errors import UserError
 from fomo.recipe import Mixture
 

@@ -18,7 +18,6 @@ from fomo.datasets.datafile import DataFile, Entry, read
 from fomo.datasets.orders import (
     ORDERS,
     Known,
-    asked,
     count_names,
     lightest_path,
     loss_among,
@@ -29,8 +28,10 @@ from fomo.datasets.orders import (
 )
 from fomo.datasets.stream import Concept, switches
 from fomo.errors import FieldError, UserError
+from fomo.load_recipe import ROOT, load
 from fomo.recipe import ORDERS as NAMES
-from fomo.recipe import ROOT, Stream, load
+from fomo.recipe import Stream
+from fomo.report.previews import stream_section
 
 STREAMS = Path(__file__).parents[3] / "shared" / "fomo_in_flux" / "streams"
 YEARS = {"set 0": 2014, "set 1": 2008, "set 2": 2014, "set 3": None}
@@ -341,11 +342,11 @@ def test_the_official_stream_says_that_none_of_its_18381_concepts_are_in_other_d
 
 def test_the_command_line_goes_over_the_recipe():
     how = Stream(order="time", updates=7, file="a.json")
-    assert asked(how, None, None, False, False) == how
-    assert asked(how, "random", 3, True, True) == Stream(
+    assert stream_section(how, None, None, False, False) == how
+    assert stream_section(how, "random", 3, True, True) == Stream(
         order="random", updates=3, reverse=True, per_dataset=True
     )
-    assert asked(how, "b.json", None, False, False).file == "b.json"
+    assert stream_section(how, "b.json", None, False, False).file == "b.json"
 
 
 # the scales

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fomo.datasets.samples import Collection, Ragged, Samples, by_label, canvas_of, padded
-from fomo.datasets.sources import Source
+from fomo.datasets.sources.base import Source
 
 
 class Shapes(Source):

@@ -17,13 +17,13 @@ from fomo.datasets.stream import (
     lines_of,
     match,
     plain,
-    plot,
     read_stream,
     summary,
     switches,
     write_stream,
 )
 from fomo.errors import UserError
+from fomo.report.previews import plot_stream
 
 STREAMS = Path(__file__).parents[3] / "shared" / "fomo_in_flux" / "streams"
 
@@ -183,7 +183,7 @@ def test_plain_names_stay_plain(name):
 
 def test_concepts_are_listed_with_their_sizes_and_prompts_without_opening_a_picture(small_scale, monkeypatch):
     from fomo.datasets.datafile import read
-    from fomo.datasets.world import World
+    from fomo.datasets.sources.world import World
 
     monkeypatch.setattr(World, "image", lambda *_: pytest.fail("a picture was opened"))
     found, sizes = concepts_of(read(small_scale.parent / "data.yaml"))
@@ -213,12 +213,12 @@ def test_switches_are_changes_of_the_dataset():
 
 def test_the_plot_is_the_same_for_the_same_stream_and_refuses_other_kinds(tmp_path):
     for name, signature in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml")):
-        plot(cut(concepts(20), 4), tmp_path / "new" / name)
+        plot_stream(cut(concepts(20), 4), tmp_path / "new" / name)
         first = (tmp_path / "new" / name).read_bytes()
-        plot(cut(concepts(20), 4), tmp_path / "new" / name)
+        plot_stream(cut(concepts(20), 4), tmp_path / "new" / name)
         assert first.startswith(signature) and first == (tmp_path / "new" / name).read_bytes()
     with pytest.raises(UserError, match=r"--plot .*\.pdf: expected a \.png or \.svg"):
-        plot(cut(concepts(20), 4), tmp_path / "c.pdf")
+        plot_stream(cut(concepts(20), 4), tmp_path / "c.pdf")
 
 
 def test_every_line_of_a_stream_is_a_concept_once():

@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fomo.clip import contrastive_loss, encode
 from fomo.errors import UserError
+from fomo.load_recipe import load
 from fomo.methods import build_method
 from fomo.pretrain import starting_model
-from fomo.recipe import Optimizer, load
-from fomo.run import Run
+from fomo.recipe import Optimizer
+from fomo.runs.folder import Run
 from fomo.update import Life
 
 ADAPTERS = ("lora", "dora", "vera")

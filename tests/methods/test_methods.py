@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 
 from fomo.clip import contrastive_loss, encode
 from fomo.errors import FieldError
+from fomo.load_recipe import load
 from fomo.methods import METHODS, build_method
 from fomo.pretrain import starting_model
-from fomo.recipe import Optimizer, load
-from fomo.run import Run
+from fomo.recipe import Optimizer
+from fomo.runs.folder import Run
 from fomo.update import Life, run_recipe
 
 CPU = torch.device("cpu")

@@ -13,10 +13,10 @@ from torch import nn
 
 from fomo.clip import contrastive_loss, encode
 from fomo.errors import UserError
+from fomo.load_recipe import load
 from fomo.methods import build_method
 from fomo.pretrain import starting_model
-from fomo.recipe import load
-from fomo.run import Run
+from fomo.runs.folder import Run
 from fomo.update import Life
 
 CPU = torch.device("cpu")

@@ -1,0 +1,152 @@
+"""Files that are complete or absent, whenever the process dies."""
+
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from fomo.errors import UserError
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write into; at the end it is flushed and gets its name."""
+    staging = path.with_name(path.name + ".part")
+    try:
+        with naming(path):
+            yield staging
+            settle(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)  # there only if this failed, and a full disk needs the room
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the system refuses in writing a file is an OSError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        number = refused(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def refused(error: Exception) -> int | None:
+    """The system's error number, also where torch or safetensors raise an error of their own."""
+    cause = error.__context__ if isinstance(error, RuntimeError) else error
+    if isinstance(cause, OSError):
+        return cause.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    with staged(path) as staging:
+        staging.write_bytes(content)
+
+
+def settle(staging: Path, path: Path) -> None:
+    """Flush `staging` to the disk and give it its name."""
+    with open(staging, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(staging, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def write_tensors(tensors: Mapping, path: Path) -> None:
+    """Named tensors as a safetensors file."""
+    from safetensors.torch import save_file  # brings torch, which writing a report does not need
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with staged(path) as staging:
+        save_file(plain, staging, metadata={"format": "pt"})
+
+
+class OnDisk(Mapping):
+    """Named tensors of a safetensors file, one read at a time: a file kept open would count as resident memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with safe_open(path, "pt") as file:
+            self.names = list(file.keys())
+
+    def __getitem__(self, name: str):
+        if name not in self.names:
+            raise KeyError(name)
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def cache_root() -> Path:
+    """Where everything that can be made again is kept: $FOMO_CACHE or ~/.cache/fomo."""
+    return Path(os.environ.get("FOMO_CACHE") or "~/.cache/fomo").expanduser()
+
+
+def make(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into an empty folder beside `folder`, then rename it.
+
+    One process makes, others that want the same wait for it. What a killed one left (NAME.part) is removed.
+    """
+    staging = folder.with_name(f"{folder.name}.part")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.name):
+            if folder.exists():
+                return
+            shutil.rmtree(staging, ignore_errors=True)
+            remove_stale(folder.parent)
+            staging.mkdir()
+            try:
+                fill(staging)
+                for path in (*staging.iterdir(), staging):
+                    sync(path)
+                os.replace(staging, folder)
+                sync(folder.parent)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        problem = f"the cache cannot be written: {error.strerror or error}"
+        raise UserError(f"{cache_root()}: {problem}; set FOMO_CACHE to a folder with room") from None
+
+
+@contextmanager
+def locked(name: str, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a thing; it ends with the process. BlockingIOError if another has it and `wait` is off."""
+    place = cache_root() / "locks" / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(place, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def remove_stale(parent: Path) -> None:
+    """Unfinished folders that no living process is working on."""
+    for part in parent.glob("*.part"):
+        try:
+            with locked(part.stem, wait=False):
+                shutil.rmtree(part, ignore_errors=True)
+        except BlockingIOError:
+            continue
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

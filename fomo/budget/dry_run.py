@@ -1,0 +1,91 @@
+"""What a recipe would take, said before anything is written: steps, hours, memory, disk."""
+
+import time
+
+import torch
+
+from fomo.budget.flops_memory import Fake, new_model
+from fomo.budget.mafs import Work, architecture, planned_steps, work_of
+from fomo.datasets import datafile
+from fomo.datasets.stream import concepts_of
+from fomo.devices import pick_device
+from fomo.recipe import Recipe
+from fomo.train import Precision
+
+USED = 0.4  # of the matrix rate that training reaches: a guess until the run has timed itself
+
+
+def foresee(recipe: Recipe, device: str) -> str:
+    """Needs the data file and the model's architecture; no weights, no picture is decoded."""
+    place = pick_device(device, recipe.threads)
+    data = datafile.read(recipe.data)
+    concepts, sizes = concepts_of(data)
+    entries = [*data.adaptation.values(), *data.evaluation.values()]
+    tests = [source for entry in entries if (source := entry.open("test")) is not None]
+    scored = sum(map(len, tests))
+    updates, work = recipe.stream.updates, work_of(recipe)
+    rate = matrix_rate(place, Precision(recipe.precision, place).dtype) / 1e9
+    lines = [
+        f"learns {len(concepts)} concepts with {sum(sizes):,} pictures in {updates} updates; {pool_text(data)}",
+        f"scored on {len(tests)} test sets with {scored:,} pictures",
+        *training_lines(recipe, work, updates, scored, rate),
+        f"memory: {work.peak_memory / 2**30:.1f} GiB on the {place.type} for a step, of what torch allocates",
+        f"disk: about {disk(recipe) / 2**30:.2g} GiB of weights and checkpoints in the run folder",
+    ]
+    if not data.pretraining:
+        lines.append(no_pool(data))
+    return "\n".join(lines)
+
+
+def training_lines(recipe: Recipe, work: Work, updates: int, scored: int, rate: float) -> list[str]:
+    """rate: GFLOP/s of large matrix products."""
+    forward = work.gflops_per_step / recipe.optimizer.batch_size / 3  # of a picture, its caption counted in
+    passes = 2 + recipe.evaluation.subset * max(updates - 1, 0) / recipe.evaluation.every
+    scoring = scored * forward * passes
+    if recipe.budget.hours is not None:
+        return [f"each update takes {recipe.budget.hours:g} hours, as said; its first steps decide how many"]
+    steps = planned_steps(recipe, work, updates)
+    training = updates * (steps * work.gflops_per_step + work.gflops_per_update)
+    hours = (training + scoring) / (USED * rate) / 3600
+    return [
+        f"steps: {steps:,} of {recipe.optimizer.batch_size} pairs per update, {updates * steps:,} in all, "
+        f"{training:,.0f} GFLOPs; peak learning rate {recipe.optimizer.lr:g}",
+        f"hours: about {hours:.2g}, {scoring / (training + scoring):.0%} of it scoring, at {USED:.0%} of the "
+        f"{rate:,.0f} GFLOP/s of matrix products measured here; pictures are decoded once before",
+    ]
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype | None, turns: int = 5) -> float:
+    """The best FLOP/s of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype or torch.float32)
+    rates = []
+    for _ in range(turns):
+        began = time.monotonic()
+        (a @ b)[0, 0].item()  # waits for the device
+        rates.append(2 * n**3 / (time.monotonic() - began))
+    return max(rates)
+
+
+def disk(recipe: Recipe) -> float:
+    """Bytes: deployed weights and their states, as many as are kept, and the two last checkpoints."""
+    kept = recipe.evaluation.keep_weights
+    count = recipe.stream.updates + 1 if kept is None else min(kept, recipe.stream.updates) + 1
+    with Fake():
+        weights = sum(p.numel() * 4 for p in new_model(architecture(recipe.model)).parameters())
+    return weights * (2 * count + 2 * 3 + 1)  # a checkpoint within an update has two moments of each, too
+
+
+def pool_text(data: datafile.DataFile) -> str:
+    return (
+        f"a pretraining pool of {len(data.pretraining)} sources"
+        if data.pretraining
+        else "no pretraining pool"
+    )
+
+
+def no_pool(data: datafile.DataFile) -> str:
+    """What its absence costs and how to add one."""
+    costs = "nothing that the model knew before is replayed, so it forgets more (docs/life.md)"
+    entry = "pretraining: [{source: webdataset, path: 'cc3m/{0000..0019}.tar'}]"
+    return f"{data.path}: without a pretraining pool {costs}; to add one: {entry}"

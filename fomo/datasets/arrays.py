@@ -1,0 +1,87 @@
+"""Flat arrays in files, many texts as two arrays, and calls that run in processes."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class Arrays:
+    """Appends to the flat arrays of a folder, and writes its meta.json."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.files = folder, {}
+
+    def append(self, **arrays: np.ndarray) -> None:
+        for name, array in arrays.items():
+            if name not in self.files:
+                self.files[name] = open(self.folder / f"{name}.bin", "wb")  # noqa: SIM115 (closed in `finish`)
+            self.files[name].write(np.ascontiguousarray(array).data)
+
+    def finish(self, **meta) -> None:
+        for file in self.files.values():
+            file.close()
+        (self.folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def read_array(folder: Path, name: str, dtype: type) -> np.ndarray:
+    """One array of a finished folder, memory-mapped."""
+    path = folder / f"{name}.bin"
+    if not path.exists() or not path.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+class Strings:
+    """Many texts as two flat arrays instead of as many Python objects: UTF-8 bytes, and where each text ends."""
+
+    def __init__(self, flat: np.ndarray, ends: np.ndarray):
+        self.flat, self.ends = flat, ends  # uint8; (n,) int64
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Strings":
+        data, ends = bytearray(), []
+        for text in texts:
+            data += text.encode("utf-8", "surrogateescape")  # as file names may need
+            ends.append(len(data))
+        return cls(np.frombuffer(bytes(data), np.uint8), np.array(ends, np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        start = self.ends[index - 1] if index else 0
+        return self.flat[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+
+def cores() -> int:
+    """Processes that decode at once: as many as this process may use, at most 16."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, 16)
+
+
+class Calls(Dataset):
+    """`call` by number; DataLoader runs it in processes, in order, a few ahead, and ends them with this one."""
+
+    def __init__(self, call: Callable, count: int):
+        self.call, self.count = call, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int):
+        return self.call(index)
+
+    @classmethod
+    def run(cls, call: Callable, count: int, workers: int) -> Iterator:
+        own = torch.Generator()  # else DataLoader draws from the global one, and a cache hit changes a run
+        calls = cls(call, count)
+        return iter(DataLoader(calls, batch_size=None, num_workers=workers, collate_fn=as_is, generator=own))
+
+
+def as_is(value):
+    return value

@@ -1,0 +1,67 @@
+"""TODO."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fomo.clip import Clip
+from fomo.datasets.datafile import DataFile
+from fomo.datasets.samples import Samples, by_label
+from fomo.errors import UserError
+
+
+@dataclass
+class TestSet:
+    name: str
+    role: str  # "adaptation" or "evaluation"
+    task: str  # "classification" or "retrieval"
+    samples: Samples
+    usable: np.ndarray  # (N,) numbers of the samples that can be scored
+    prompts: list[list[np.ndarray]]  # per template, the token ids of each of the C classes
+    classes: list[str] = field(default_factory=list)  # the C names; the set's own if it is scored as a whole
+
+
+def open_tests(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
+    """All test splits of a data file."""
+    tests = []
+    for entry in [*data.adaptation.values(), *data.evaluation.values()]:
+        source = entry.open("test")
+        if source is None:
+            continue
+        if entry.task == "classification" and not source.classes:
+            raise UserError(f"{data.path}: {entry.role}.{entry.name}: no class labels, say `task: retrieval`")
+        samples = Samples(source, clip, size, f"{entry.name} (test)")
+        usable = samples.pixels.shapes[:, 0] > 0
+        usable &= (
+            source.labels >= 0 if entry.task == "classification" else np.diff(samples.captions.offsets) > 0
+        )
+        if not usable.any():
+            lacking = "a class label" if entry.task == "classification" else "a caption"
+            raise UserError(f"{data.path}: {entry.role}.{entry.name}: no readable test picture has {lacking}")
+        templates = source.prompts if entry.task == "classification" else ()
+        prompts = [clip.tokenize([t.replace("{}", name) for name in source.classes]) for t in templates]
+        classes = source.classes if entry.task == "classification" else [entry.name]
+        kept = np.flatnonzero(usable)
+        tests.append(TestSet(entry.name, entry.role, entry.task, samples, kept, prompts, classes))
+    return tests
+
+
+def subset(test: TestSet, share: float, seed: int) -> np.ndarray:
+    """The samples scored during a run: max(2 per class, 300, share of the set), class-balanced first.
+
+    Drawn once from (seed, dataset) and never from an earlier subset: the released code shrinks its test sets.
+    """
+    numbers = test.usable
+    labels = test.samples.labels[numbers]
+    classes = len(np.unique(labels))
+    wanted = max(2 * classes, 300, round(share * len(numbers)))
+    if wanted >= len(numbers) or share == 1:
+        return numbers
+    rng = np.random.default_rng([seed, *test.name.encode()])
+    shuffled = rng.permutation(len(numbers))
+    rank = np.empty(len(numbers), dtype=np.int64)  # how many of the same class come before
+    for own in by_label(labels, shuffled).values():
+        rank[own] = np.arange(len(own))
+    balanced = shuffled[rank[shuffled] < wanted // classes]
+    rest = shuffled[rank[shuffled] >= wanted // classes]
+    return np.sort(numbers[np.concatenate([balanced, rest])[:wanted]])

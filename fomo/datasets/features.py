@@ -1,0 +1,84 @@
+"""TODO."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fomo.clip import Clip, encode_text
+from fomo.datasets.crops import crop, per_channel
+from fomo.datasets.samples import Samples, canvas_of, padded
+from fomo.distributed import ALONE, Ranks
+
+IMAGES, TEXTS = 256, 64  # per forward pass; more texts at once would only be padded more
+
+
+@torch.no_grad()
+def image_features(
+    clip: Clip,
+    samples: Samples,
+    numbers: np.ndarray,
+    device: torch.device,
+    tick: Callable,
+    ranks: Ranks = ALONE,
+) -> Tensor:
+    """(N, D) on the unit sphere."""
+
+    def encode(own: list[int]) -> Tensor:
+        pictures = [samples.pixels[int(i)] for i in own]
+        return clip.model.encode_image(central_images(clip, pictures, device))
+
+    out = []
+    for start in range(0, len(numbers), IMAGES * ranks.count):
+        block = numbers[start : start + IMAGES * ranks.count]
+        out.append(shared(block, encode, ranks))
+        tick(len(block))
+    return torch.cat(out)
+
+
+def shared(block: Sequence, encode: Callable[[Sequence], Tensor], ranks: Ranks) -> Tensor:
+    """(n, D) on the unit sphere, of the n things in `block`: every rank encodes its own and gets all.
+
+    All encode as many; for a place beyond the end that is the last one again.
+    """
+    places = range(ranks.number, len(block) + -len(block) % ranks.count, ranks.count)
+    own = [block[min(place, len(block) - 1)] for place in places]
+    return ranks.gather(F.normalize(encode(own).float(), dim=-1))[: len(block)]
+
+
+def central_images(clip: Clip, pictures: list[np.ndarray], device: torch.device) -> Tensor:
+    """The largest central squares, resized and normalised, (B, 3, S, S)."""
+    canvas, shapes = canvas_of([central_square(picture) for picture in pictures])
+    canvas = canvas.to(device)
+    if (shapes == clip.image_size).all():  # of a cache of the model's size: nothing to resize
+        images = canvas.permute(0, 3, 1, 2).contiguous().float()
+        return images.sub_(per_channel(clip.mean, device)).div_(per_channel(clip.std, device))
+    boxes = F.pad(torch.from_numpy(shapes).float(), (2, 0))
+    return crop(canvas, boxes.to(device), clip.image_size, clip.mean, clip.std)
+
+
+def central_square(picture: np.ndarray) -> np.ndarray:
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return picture[top : top + side, left : left + side]
+
+
+@torch.no_grad()
+def text_features(clip: Clip, rows: list[np.ndarray], device: torch.device, ranks: Ranks = ALONE) -> Tensor:
+    """(N, D) on the unit sphere, in large batches of similar length."""
+
+    def encode(own: list[int]) -> Tensor:
+        return encode_text(clip.model, padded([rows[i] for i in own]).to(device))
+
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    out = None
+    for start in range(0, len(rows), TEXTS * ranks.count):
+        block = order[start : start + TEXTS * ranks.count]
+        features = shared(block, encode, ranks)
+        if out is None:
+            out = torch.empty(len(rows), features.shape[1], device=device)
+        out[torch.tensor(block, device=device)] = features
+    return out

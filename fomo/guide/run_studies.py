@@ -1,0 +1,349 @@
+"""`reproduce`: run what the studies need, each recipe once, and write what came of it.
+
+    studies -> Need (study, variant, seed) -> Job (recipe, folder) -> processes -> metrics.jsonl -> results.py
+
+A job's identity is the hash of its complete recipe and of the data file's text: variants that studies share run
+once, finished runs are reused, and one that was stopped goes on from its checkpoint. Runs are single processes
+with one thread each, `--jobs` of them side by side. What only resuming needs is deleted when a run is done.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing import connection, get_context, get_start_method, set_start_method
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fomo.atomic import write_atomically
+from fomo.errors import Failure, Interrupted, UserError, one_line
+from fomo.guide.studies import Study, find_studies, resolve
+from fomo.guide.verdicts import Outcome, markdown, tally, write_document, write_results
+from fomo.load_recipe import ROOT
+from fomo.recipe import Recipe, dump
+from fomo.report.figures import SCORES
+from fomo.report.run_records import read_lines
+
+# What a run takes where nothing was measured yet; finished runs of the same folder correct it.
+SAMPLES_PER_SECOND = 1000  # `tiny` on a CPU core, ViT-B on a GPU
+GFLOPS_PER_SECOND = 125_000  # one A100, as the headers of recipes/scales/ assume
+ONLY_TO_RESUME = ("state", "weights", "model", "experts")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a recipe, its place, and who needs it."""
+
+    recipe: Recipe
+    folder: Path
+    files: dict[Path, str] = field(default_factory=dict)  # data files to be written first
+    needed_by: list[tuple[str, str, int]] = field(default_factory=list)  # (study, variant, seed)
+
+    @property
+    def hours(self) -> float:
+        """What it takes by the constants above."""
+        budget, updates = self.recipe.budget, self.recipe.stream.updates
+        if budget.hours is not None:
+            return budget.hours * updates
+        if budget.gflops is not None:
+            return budget.gflops / GFLOPS_PER_SECOND / 3600
+        return self.recipe.steps * updates * self.recipe.optimizer.batch_size / SAMPLES_PER_SECOND / 3600
+
+    @property
+    def label(self) -> str:
+        """One of its names, for messages."""
+        study, variant, seed = self.needed_by[0]
+        return f"{study}/{variant}, seed {seed}"
+
+    def evaluations(self) -> list[dict]:
+        """The lines of metrics.jsonl; none if the run has not begun."""
+        path = self.folder / "metrics.jsonl"
+        return read_lines(path) if path.exists() else []
+
+    @property
+    def finished(self) -> bool:
+        lines = self.evaluations()
+        return bool(lines) and lines[-1]["update"] >= self.recipe.stream.updates
+
+
+def plan(studies: list[Study], scale: str, seeds: list[int] | None, out: Path) -> list[Job]:
+    """Every run that the studies need at a scale, once; the first seed of all of them first."""
+    needs = [
+        (study, variant, seed)
+        for study in studies
+        for seed in (seeds if seeds is not None else study.seeds)
+        for variant in study.here(scale)
+    ]
+    jobs: dict[str, Job] = {}
+    for study, variant, seed in sorted(needs, key=lambda need: need[2]):
+        recipe, files = resolve(study, variant, scale, seed, out / "data")
+        key = identity(recipe, files)
+        job = jobs.setdefault(key, Job(recipe, out / "runs" / key, files))
+        job.needed_by.append((study.name, variant, seed))
+    return list(jobs.values())
+
+
+def identity(recipe: Recipe, files: dict[Path, str]) -> str:
+    """Everything that a study can change in a run, as a short hash."""
+    path = Path(recipe.data)
+    data = files.get(path) or path.read_text(encoding="utf-8")
+    return hashlib.sha256(f"{dump(recipe)}\n{data}".encode()).hexdigest()[:12]
+
+
+def part(jobs: list[Job], shard: str | None) -> list[Job]:
+    """Shard I/N: every N-th job of those sorted by their hash, from the I-th."""
+    if shard is None:
+        return jobs
+    index, _, count = shard.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
+        raise UserError(f"--shard {shard}: expected I/N with 1 <= I <= N, as in 3/8")
+    return sorted(jobs, key=lambda job: job.folder.name)[int(index) - 1 :: int(count)]
+
+
+# --- how long it takes -----------------------------------------------------------------------------------
+
+
+def correction(jobs: list[Job]) -> tuple[float, str]:
+    """-> what the hours of a job are to be multiplied by, and where that comes from."""
+    measured = [(job.evaluations()[-1]["seconds"] / 3600, job.hours) for job in jobs if job.finished]
+    if not measured:
+        return 1.0, "assumed, as no run has finished yet"
+    return statistics.median(took / guess for took, guess in measured), f"from {len(measured)} finished runs"
+
+
+def listing(jobs: list[Job], everything: list[Job], width: int) -> str:
+    """What `--dry-run` prints: each run with its estimated hours; `width` runs side by side."""
+    factor, source = correction(everything)
+    rows, left = [], 0.0
+    for job in jobs:
+        hours = job.hours * factor
+        left += 0 if job.finished else hours
+        state = "finished" if job.finished else "begun" if job.evaluations() else "to do"
+        users = ", ".join(dict.fromkeys(f"{study}/{variant}" for study, variant, _ in job.needed_by))
+        rows.append(f"{job.folder.name}  {hours:6.2f} h  {state:8}  seed {job.needed_by[0][2]}  {users}")
+    total = f"{len(jobs)} runs, {left / width:.2f} hours to go with {width} at a time"
+    return "\n".join([*rows, f"{total} ({source}; base models not counted)"])
+
+
+# --- processes -------------------------------------------------------------------------------------------
+
+
+def work(pipe: connection.Connection, device: str, start_method: str) -> None:
+    """One process: a task after the other until None; answers each with None or with what went wrong."""
+    set_start_method(start_method, force=True)  # a spawned process would spawn its own, each importing torch
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        for recipe, folder in iter(pipe.recv, None):
+            for signum in (signal.SIGINT, signal.SIGTERM):  # a run that has ended left its own
+                signal.signal(signum, stop)
+            pipe.send(problem_of(recipe, folder, device))
+    except (Interrupted, EOFError):  # EOFError: the parent is gone
+        return
+
+
+def stop(signum: int, frame) -> None:
+    raise Interrupted(signum)
+
+
+def problem_of(recipe: Recipe, folder: Path | None, device: str) -> str | None:
+    """Live through a recipe, or without a folder pretrain its base model; -> what went wrong."""
+    from fomo.pretrain import pretrain_scale
+    from fomo.update import live_through
+
+    try:
+        if folder is None:
+            pretrain_scale(recipe, None, device)
+        else:
+            live_through(recipe, folder, resume=True, device=device)
+    except Interrupted:
+        raise
+    except Exception as error:  # whatever it is, the other runs go on
+        return one_line(error)
+
+
+class Workers:
+    """Processes that live as long as the `with` block: importing torch costs more than a short run."""
+
+    def __init__(self, count: int, device: str):
+        self.count, self.device, self.signum = count, device, 0
+        self.pipes: dict[connection.Connection, BaseProcess] = {}
+
+    def __enter__(self) -> "Workers":
+        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, signum: int, frame) -> None:
+        """Let every process save its run; a second signal ends them at once."""
+        for process in self.pipes.values():
+            process.kill() if self.signum else process.terminate()
+        self.signum = signum
+
+    def __exit__(self, *exception) -> None:
+        for pipe, process in self.pipes.items():
+            with suppress(BrokenPipeError):  # it has ended by itself
+                pipe.send(None)
+            process.join()
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def start(self) -> connection.Connection:
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, self.device, get_start_method()))
+        os.environ["TQDM_DISABLE"] = "1"  # of the process, which reads it when it starts: the bar is ours
+        process.start()
+        del os.environ["TQDM_DISABLE"]
+        theirs.close()
+        self.pipes[ours] = process
+        return ours
+
+    def do(self, tasks: dict[object, tuple]) -> Iterator[tuple[object, str | None]]:
+        """Hand out `tasks` (name -> what `work` takes); -> (name, what went wrong) as they come in."""
+        waiting, busy = list(tasks.items()), {}
+        idle = [pipe for pipe, process in self.pipes.items() if process.is_alive()]
+        while (waiting or busy) and not self.signum:
+            while waiting and len(busy) < self.count:
+                pipe = idle.pop() if idle else self.start()
+                name, task = waiting.pop(0)
+                pipe.send(task)
+                busy[pipe] = name
+            for pipe in connection.wait(list(busy), timeout=1):
+                name = busy.pop(pipe)
+                try:
+                    problem = pipe.recv()
+                    idle.append(pipe)
+                except EOFError:  # killed, as by the system for its memory
+                    process = self.pipes.pop(pipe)
+                    process.join()
+                    problem = f"its process died with status {process.exitcode}"
+                if not self.signum:
+                    yield name, problem
+
+
+def run_jobs(jobs: list[Job], width: int, device: str) -> dict[str, str]:
+    """Run what is not finished; -> what failed, by the run's hash. Raises Interrupted after saving."""
+    for path, text in {path: text for job in jobs for path, text in job.files.items()}.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+    to_do = {job.folder.name: job for job in jobs if not job.finished}
+    failed: dict[str, str] = {}
+    form = "{desc} |{bar}| {percentage:.0f} %, {elapsed} gone, {remaining} to go"
+    with Workers(min(width, max(1, len(to_do))), device) as workers:
+        models = base_models(list(to_do.values()))
+        with tqdm(total=len(models), desc="base models", bar_format=form, disable=not models) as bar:
+            for name, problem in workers.do({key: (recipe, None) for key, recipe in models.items()}):
+                if problem:  # its runs will say so as well
+                    bar.write(f"base model {name}: {problem}", file=sys.stderr)
+                bar.update()
+        total = sum(job.hours for job in to_do.values())
+        with tqdm(total=total, bar_format=form, disable=not to_do or workers.signum > 0) as bar:
+            tasks = {key: (job.recipe, job.folder) for key, job in to_do.items()}
+            for done, (name, problem) in enumerate(workers.do(tasks), 1):
+                job = to_do[name]
+                if problem:
+                    failed[name] = f"{job.label}: {problem}"
+                    bar.write(f"{job.folder}: {failed[name]}", file=sys.stderr)
+                else:
+                    for scrap in ONLY_TO_RESUME:
+                        shutil.rmtree(job.folder / scrap, ignore_errors=True)
+                bar.set_description(f"{done} of {len(to_do)} runs", refresh=False)
+                bar.update(job.hours)
+    if workers.signum:
+        raise Interrupted(workers.signum, "the same command goes on from here")
+    return failed
+
+
+def base_models(jobs: list[Job]) -> dict[str, Recipe]:
+    """A recipe for each base model that has to be pretrained, so that two runs do not both train it."""
+    from fomo.datasets.cache import cache_root
+    from fomo.pretrain import settings_hash
+
+    models = {settings_hash(job.recipe.model): job.recipe for job in jobs if job.recipe.model.pretraining}
+    return {key: recipe for key, recipe in models.items() if not (cache_root() / "models" / key).exists()}
+
+
+# --- the command -----------------------------------------------------------------------------------------
+
+
+def reproduce(
+    names: tuple[str, ...],
+    *,
+    scale: str,
+    seeds: list[int] | None,
+    shard: str | None,
+    dry_run: bool,
+    out: str | None,
+    jobs: int | None,
+    device: str,
+) -> str:
+    """Run the named studies (all, without names) and write what they found; -> a line about it."""
+    from fomo.devices import pick_device
+
+    folder = Path(out).resolve() if out else Path("results").resolve() / Path(scale).stem
+    studies = find_studies(names)
+    everything = plan(studies, scale, seeds, folder)
+    own = part(everything, shard)
+    on_gpu = pick_device(device, None).type != "cpu"
+    width = jobs or (1 if on_gpu else os.cpu_count() or 1)
+    if dry_run:
+        return listing(own, everything, width)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "runs.csv", index(everything).encode())
+    failed = run_jobs(own, width, device)
+    outcomes = [outcome(study, everything, scale, failed) for study in studies]
+    findings = write_results(folder, outcomes, scale)
+    if not (names or seeds or shard or out or failed):
+        name = "reproduction.md" if scale == "tiny" else f"reproduction-{Path(scale).stem}.md"
+        write_document(ROOT.parent / "docs" / name, outcomes, findings, scale)
+    if failed:
+        named = "; ".join(f"{problem} (runs/{key})" for key, problem in failed.items())
+        raise Failure(f"{len(failed)} of {len(own)} runs failed, the others are in {folder}: {named}")
+    peaks = "".join(markdown(o.best_peaks()) + "\n" for o in outcomes if o.study.peaks)
+    return f"{peaks}{tally(findings)}; {folder / 'report.html'}"
+
+
+def whole_numbers(option: str, text: str | None) -> list[int] | None:
+    """0,1,2 -> [0, 1, 2]."""
+    if text is None:
+        return None
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise UserError(f"{option} {text}: expected whole numbers, as in 0,1,2")
+    return list(dict.fromkeys(int(part) for part in text.split(",")))
+
+
+def index(jobs: list[Job]) -> str:
+    """runs.csv: which folder is which."""
+    rows = [
+        f"{job.folder.name},{study},{variant},{seed}"
+        for job in jobs
+        for study, variant, seed in job.needed_by
+    ]
+    return "\n".join(["run,study,variant,seed", *sorted(rows)]) + "\n"
+
+
+def outcome(study: Study, jobs: list[Job], scale: str, failed: dict[str, str]) -> Outcome:
+    """The finished runs of a study."""
+    lives: dict[str, dict[int, dict]] = {name: {} for name in study.here(scale)}
+    seconds, broken = {}, set()
+    for job in jobs:
+        mine = [(variant, seed) for name, variant, seed in job.needed_by if name == study.name]
+        if job.folder.name in failed:
+            broken.update(variant for variant, _ in mine)
+        if not mine or not job.finished:
+            continue
+        lines = job.evaluations()
+        life = {key: np.array([line[key] for line in lines], dtype=float) for key in SCORES}
+        for variant, seed in mine:
+            lives[variant][seed] = life
+            seconds[variant, seed] = lines[-1]["seconds"]
+    return Outcome(study, study.here(scale), lives, seconds, frozenset(broken))

@@ -1,0 +1,236 @@
+"""Studies: YAML files that say what the guide claims, which runs test it, and which inequalities decide it.
+
+    title: Merging over time
+    claims:
+      - id: "7"
+        says: EMA-merge keeps more than finetuning does.
+        place: section 5.2, Fig. 7
+        paper: null                                # the paper's own number, where it gives one
+        needs: ["zs(ema-merge) - zs(finetune) > 0.5"]      # all of them; see fomo/claims.py
+    variants:                                      # by name, each a recipe with changes
+      finetune: {recipe: ../methods/finetune.yaml}
+      ema-merge: {recipe: ../methods/ema-merge.yaml, set: {method.keep: 0.9}}
+      finetune-hot: {recipe: ../methods/finetune.yaml, times: {optimizer.lr: 10}}
+
+One file serves every scale: `times` multiplies what the scale says, and a variant's whole life costs the scale's
+budget however many updates it has, unless `times: {budget: 2}` says otherwise. What has to be named scale by
+scale, other models and pretraining pools, is in `scales` and `pools`, and a variant says which (`scale: large`,
+`pool: worse`); where the scale names none, the variant is left out.
+
+A seed varies everything that is drawn: the stream and its batches, the base model, and the pictures of the
+rendered world, for which a copy of the data file is made.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from fomo.datasets.datafile import PATHS
+from fomo.errors import FieldError, UserError
+from fomo.guide.inequalities import Comparison, parse
+from fomo.load_recipe import ROOT, load
+from fomo.recipe import Recipe
+from fomo.schema import build, convert, one_of, read_yaml
+
+FOLDER = ROOT / "studies"
+APART = ("tune",)  # not among "all": it chooses the defaults that the others use
+PER_UPDATE = ("samples", "steps", "hours")  # budgets that are said per update; gflops is a life's
+
+
+@dataclass(frozen=True)
+class Claim:
+    id: str  # its number in the guide: "1".."24", "T1".."T5", "trap"
+    says: str
+    place: str  # in the paper
+    needs: list[str]  # inequalities, written down before any run
+    paper: str | None = None
+
+    def comparisons(self) -> list[Comparison]:
+        return [parse(text) for text in self.needs]
+
+
+@dataclass(frozen=True)
+class Variant:
+    recipe: str
+    set: dict = field(default_factory=dict)  # {"method.keep": 0.9}
+    times: dict = field(default_factory=dict)  # {"optimizer.lr": 10}; "budget": of the whole life
+    scale: str | None = None  # a name in the study's `scales`
+    pool: str | None = None  # a name in the study's `pools`: what updates replay, on the same base model
+
+
+@dataclass(frozen=True)
+class Study:
+    path: Path
+    title: str
+    variants: dict[str, Variant]
+    claims: list[Claim] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    scales: dict = field(default_factory=dict)  # scale -> name -> scale file
+    pools: dict = field(default_factory=dict)  # scale -> name -> the `pretraining` of a data file
+    grid: dict = field(default_factory=dict)  # row -> column -> variant: a table of GM in the report
+    peaks: dict = field(default_factory=dict)  # variant -> peak learning rates, each a variant of its own
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def here(self, scale: str) -> list[str]:
+        """The variants that exist at a scale."""
+        return [
+            name
+            for name, variant in self.variants.items()
+            if all(
+                said is None or said in files.get(scale, {})
+                for said, files in ((variant.scale, self.scales), (variant.pool, self.pools))
+            )
+        ]
+
+
+def find_studies(names: tuple[str, ...] | list[str] = ()) -> list[Study]:
+    """The named ones, by name or file; without names all but tune."""
+    shipped = {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+    for name in names:
+        if not name.endswith((".yaml", ".yml")):
+            one_of("STUDY", name, tuple(shipped))
+    chosen = names or [name for name in shipped if name not in APART]
+    return [read_study(shipped.get(name) or Path(name)) for name in dict.fromkeys(chosen)]
+
+
+def read_study(path: Path) -> Study:
+    values = read_yaml(path)
+    try:
+        variants = convert(values.get("variants"), dict, "variants")
+        values["variants"] = {
+            str(name): build(Variant, value, f"variants.{name}") for name, value in variants.items()
+        }
+        study = with_peaks(build(Study, {**values, "path": path}))
+        check(study)
+    except FieldError as error:
+        raise UserError(f"{path}: {error}") from None
+    return study
+
+
+def with_peaks(study: Study) -> Study:
+    """Each of a variant's peak rates as a variant of its own: finetune@0.001."""
+    variants = dict(study.variants)
+    for name, peaks in study.peaks.items():
+        one_of("peaks", name, tuple(study.variants))
+        base = variants.pop(name)
+        for peak in convert(peaks, list[float], f"peaks.{name}"):
+            variants[f"{name}@{peak:g}"] = replace(base, set={**base.set, "optimizer.lr": peak})
+    return replace(study, variants=variants)
+
+
+def check(study: Study) -> None:
+    """Everything that can be wrong with a study before its recipes are read."""
+    for name, variant in study.variants.items():
+        for what, said, files in (
+            ("scale", variant.scale, study.scales),
+            ("pool", variant.pool, study.pools),
+        ):
+            if said is not None:
+                one_of(
+                    f"variants.{name}.{what}",
+                    said,
+                    tuple(dict.fromkeys(k for f in files.values() for k in f)),
+                )
+    for claim in study.claims:
+        for text in claim.needs:
+            try:
+                comparison = parse(text)
+            except ValueError as error:
+                raise FieldError(f"claim {claim.id}", f"{text!r}, {error}") from None
+            for variant in comparison.mentioned:
+                one_of(f"claim {claim.id}", variant, tuple(study.variants))
+
+
+def resolve(study: Study, name: str, scale: str, seed: int, folder: Path) -> tuple[Recipe, dict[Path, str]]:
+    """-> the complete recipe of a variant, and the data files to be written for its seed, in `folder`."""
+    variant = study.variants[name]
+    path = study.path.parent / variant.recipe
+    size, pool = scale, None
+    if variant.scale is not None:
+        size = named_file(study.scales[scale][variant.scale], study.path)
+    if variant.pool is not None:
+        pool = study.pools[scale][variant.pool]
+    overrides = [f"{key}={json.dumps(value)}" for key, value in variant.set.items()]
+    try:
+        plain = load(path, scale=size)
+        values = dataclasses.asdict(load(path, scale=size, seed=seed, overrides=overrides))
+        multiply(values, plain, variant.times)
+        values["evaluation"].update(frozen=False, keep_weights=1)
+        files = reseed(values, seed, pool, folder)
+        return build(Recipe, values), files
+    except FieldError as error:
+        raise UserError(f"{study.path}: variants.{name}: {error}") from None
+
+
+def named_file(said: str, beside: Path) -> str:
+    """A scale by its name, or by a file relative to the study."""
+    return str(beside.parent / said) if said.endswith((".yaml", ".yml")) else said
+
+
+def multiply(values: dict, plain: Recipe, times: dict) -> None:
+    """Apply `times`, and share a life's budget out over its updates; in place."""
+    factors = {key: convert(value, float, f"times.{key}") for key, value in times.items()}
+    of_budget = factors.pop("budget", 1.0)
+    for key, factor in factors.items():
+        *parents, last = key.split(".")
+        section = values
+        for parent in parents:
+            section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict) or type(section.get(last)) not in (int, float):
+            raise FieldError(f"times.{key}", "names no number of the recipe")
+        section[last] = scaled(section[last], factor)
+    per_update = of_budget * plain.stream.updates / values["stream"]["updates"]
+    for key, value in values["budget"].items():
+        if type(value) in (int, float):
+            values["budget"][key] = scaled(value, per_update if key in PER_UPDATE else of_budget)
+
+
+def scaled(value: float, factor: float) -> float:
+    return max(1, round(value * factor)) if isinstance(value, int) else value * factor
+
+
+def reseed(values: dict, seed: int, pool: list | None, folder: Path) -> dict[Path, str]:
+    """Let the base model and the rendered pictures be the seed's own, and the pool replayed be `pool`. In place;
+    -> the data files that this takes. Seed 0 is the files as they are.
+    """
+    files: dict[Path, str] = {}
+    pretraining = values["model"]["pretraining"]
+    for section, its_pool in ((values, pool), (pretraining or {}, None)):
+        text = section and data_text(Path(section["data"]), seed, json.dumps(its_pool))
+        if text:
+            digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+            copy = folder / f"{Path(section['data']).stem}-seed{seed}-{digest}.yaml"
+            section["data"], files[copy] = str(copy), text
+    if pretraining and seed:
+        pretraining["seed"] = seed
+    return files
+
+
+@cache
+def data_text(path: Path, seed: int, its_pool: str) -> str | None:
+    """A data file with another pretraining pool (JSON) and `seed` in every rendered source; None: as it is."""
+    values, pool = read_yaml(path), json.loads(its_pool)
+    if pool is not None:
+        values["pretraining"] = pool
+    named = [values.get("adaptation") or {}, values.get("evaluation") or {}]
+    entries = [*(values.get("pretraining") or []), *(entry for group in named for entry in group.values())]
+    worlds = [entry for entry in entries if entry.get("source") == "world"]
+    if pool is None and not (worlds and seed):
+        return None
+    for entry in entries:
+        for key in PATHS:
+            if key in entry and not str(entry[key]).startswith(("/", "~", "$", "hf://")):
+                problem = f"{key} {entry[key]!r} is relative, and the study's copy of the file lies elsewhere"
+                raise UserError(f"{path}: {problem}; start it with a variable such as ${{FOMO_DATA}}")
+    if seed:
+        for entry in worlds:
+            entry["seed"] = seed
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,119 @@
+"""Files of weights, and merging them by hand: what wise-ft and patching users do between two checkpoints."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import yaml
+from open_clip.factory import _find_checkpoint_in_dir, load_state_dict
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from fomo import weights
+from fomo.atomic import OnDisk, settle, write_atomically, write_tensors
+from fomo.clip import CONFIG_FILE, NOT_TENSORS, Clip, load, save
+from fomo.datasets import datafile
+from fomo.datasets.eval_sets import open_tests
+from fomo.devices import pick_device
+from fomo.errors import UserError, one_line
+from fomo.eval.zero_shot import evaluate
+from fomo.load_recipe import set_path, split_model
+from fomo.report.figures import render, sweep_figure
+
+
+def open_weights(text: str) -> Mapping[str, Tensor]:
+    """A file of named tensors (.safetensors, .pt, .pth, .bin), a model directory, or an open_clip NAME/TAG.
+
+    `state_dict` wrappers and `module.` prefixes of training checkpoints are taken off.
+    """
+    path = Path(text)
+    if path.is_dir():
+        found = _find_checkpoint_in_dir(path)
+        if found is None:
+            raise UserError(f"{text}: no file of weights in this directory")
+        path = Path(found)
+    if not path.is_file():
+        section = split_model(text)
+        if path.suffix in (".safetensors", ".pt", ".pth", ".bin") or "pretrained" not in section:
+            raise UserError(f"{text}: no such file; an open_clip model is written NAME/TAG")
+        return load(section.get("name"), section["pretrained"]).model.state_dict()
+    try:
+        if path.suffix == ".safetensors":
+            return OnDisk(path)
+        tensors = load_state_dict(str(path))
+    except (*NOT_TENSORS, SafetensorError) as error:
+        raise UserError(f"{text}: not a file of tensors: {one_line(error)}") from None
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+
+
+def rule_spec(rule: str, settings: Sequence[str]) -> dict:
+    """--rule ties --set density=0.2 -> {"rule": "ties", "density": 0.2}."""
+    spec: dict = {}
+    for setting in settings:
+        set_path(spec, setting)
+    return {**spec, "rule": rule}
+
+
+def merge_files(
+    rule: str, settings: Sequence[str], base: str | None, models: Sequence[str], out: Path
+) -> Path:
+    """Merge `models`, oldest first, into a file, or into a model directory if `out` has no suffix."""
+    built = weights.build_rule(rule_spec(rule, settings))
+    opened = [open_weights(model) for model in models]
+    merged = weights.merge(built, opened, open_weights(base) if base else None)
+    result = dict(tqdm(merged, total=len(opened[-1]), desc=f"merging by {rule}", unit="tensor", leave=False))
+    if not out.suffix:
+        clip = model_of(models[-1])
+        clip.model.load_state_dict(result)
+        save(clip, out)
+    elif out.suffix == ".safetensors":
+        write_tensors(result, out)
+    else:
+        torch.save(result, out.with_name(out.name + ".part"))
+        settle(out.with_name(out.name + ".part"), out)
+    return out
+
+
+def model_of(text: str) -> Clip:
+    """The architecture that a checkpoint's weights fit."""
+    section = split_model(text)
+    path = Path(text)
+    if path.is_dir() and not (path / CONFIG_FILE).is_file():
+        raise UserError(f"{text}: no {CONFIG_FILE} in this directory")
+    return load(section.get("name"), section.get("pretrained"))
+
+
+def sweep_files(
+    rule: str,
+    settings: Sequence[str],
+    sweep: str,
+    base: str | None,
+    models: Sequence[str],
+    data_path: str | None,
+    out: Path,
+    device: str,
+) -> str:
+    """Score the merge for each value of one parameter, draw the curve, -> the table as text."""
+    key, _, listed = sweep.partition("=")
+    values = [yaml.safe_load(value) for value in listed.split(",") if value]
+    if not values or not data_path or out.suffix not in (".png", ".svg"):
+        raise UserError(
+            "--sweep: write KEY=A,B,C, with --data FILE to score on and -o FILE.png for the curve"
+        )
+    rules = [weights.build_rule({**rule_spec(rule, settings), key: value}) for value in values]
+    place = pick_device(device)
+    clip = model_of(models[-1])
+    clip.model.to(place)
+    data = datafile.read(data_path)
+    tests = open_tests(data, clip, data.image_size or clip.image_size)
+    opened = [open_weights(model) for model in models]
+    origin = open_weights(base) if base else None
+    rows = []
+    for value, built in zip(tqdm(values, desc=f"sweeping {key}", leave=False), rules, strict=True):
+        clip.model.load_state_dict(dict(weights.merge(built, opened, origin)))
+        scores = evaluate(clip, tests, {test.name: test.usable for test in tests}, place)[0]
+        rows.append({key: value, **{name: scores[name] for name in ("ka", "zs", "gm")}})
+    write_atomically(out, render(sweep_figure, rows, out.suffix[1:]))
+    lines = (("{} {:.4g}".format(*pair) for pair in row.items() if pair[1] is not None) for row in rows)
+    return "\n".join("  ".join(line) for line in lines)

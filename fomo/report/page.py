@@ -1,0 +1,354 @@
+"""Reports: what runs learned and what they kept, as one HTML page, and as files for slides and spreadsheets.
+
+    read_run(folder) -> group_runs -> Group -> Plot, Table -> FILE.html, plane.png; FILE_files/*.png, .svg, .csv
+
+Runs of one recipe that differ only in the seed are drawn as one curve: their mean, with the sample standard
+deviation as spread. The page embeds its figures as SVG and fetches nothing; the same input gives the same bytes.
+
+Shapes: R runs of a group, U updates that all of them have reached.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from fomo.atomic import write_atomically
+from fomo.errors import UserError
+from fomo.report.figures import (
+    SCORES,
+    Training,
+    budget_figure,
+    datasets_figure,
+    drawn,
+    plane_figure,
+    render,
+    save,
+    scores_figure,
+    stream_figure,
+    sweep_figure,
+    training_figure,
+)
+from fomo.report.run_records import Group, group_runs, read_run
+from fomo.report.tables import Columns, Values, as_csv, number, table
+
+SCORED = "the test samples scored during the run"  # a subset, unless the recipe or small sets say otherwise
+COSTS = {  # name in metrics.jsonl -> (title, unit, format)
+    "steps": ("steps", 1, ",.0f"),
+    "samples": ("samples", 1, ",.0f"),
+    "gflops": ("GFLOPs", 1, ",.0f"),
+    "mafs": ("MAFs", 1, ",.0f"),
+    "seconds": ("seconds", 1, ",.0f"),
+    "peak_memory": ("peak GiB", 2**30, ".2f"),
+}
+SUMMARY = (
+    "Percent after the last update, and the change from the untouched model; mean ± standard deviation over "
+    "runs. On whole test sets where both ends were scored on them, else on the subset scored during the run."
+)
+WORTH = "Interpolations between the weights of the last update before any merge (0) and those before it (1)."
+TRANSFER = (
+    "Forward: what concepts not yet taught gained; backward: how those taught have changed since; forgetting: "
+    "their loss against their best. Drift: mean cosine between an image's features now and at first (1: none)."
+)
+
+CSS = """
+body { margin: 0; background: #F3F3F0; color: #222; font: 16px/1.45 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 8px 16px; overflow-wrap: anywhere; }
+.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+.card { background: #FFF; color: #222; border: 1px solid #DDD; border-radius: 8px; padding: 12px; }
+.card, .grid { margin: 16px 0; } .grid .card { margin: 0; min-width: 0; }
+h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
+.tiles { display: flex; flex-wrap: wrap; gap: 8px 40px; } .tiles b { display: block; font-size: 1.4rem; }
+.quiet { color: #666; font-size: .875rem; margin: .5rem 0 0; }
+svg { display: block; width: 100%; max-width: 560px; height: auto; }
+svg text { font-family: system-ui, "Segoe UI", Roboto, sans-serif !important; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; }
+td, th { padding: 3px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid #EEE; }
+td:first-child, th:first-child { text-align: left; }
+pre { overflow-x: auto; font-size: .8rem; } summary { cursor: pointer; font-weight: 600; }
+@media (prefers-color-scheme: dark) { body { background: #17191C; color: #EEE; } }
+"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{css}</style></head>
+<body><main><h1>What was learned, what was kept</h1>
+{body}
+</main></body></html>
+"""
+
+# --- the page --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its place on the page and its files."""
+
+    name: str  # of its files; unique on the page
+    title: str
+    draw: Callable[[Any], Figure]
+    what: Any
+    note: str = ""
+
+    @cached_property
+    def figure(self) -> Figure:
+        return drawn(self.draw, self.what)
+
+    @cached_property
+    def svg(self) -> bytes:
+        return save(self.figure, "svg", self.name)
+
+    @cached_property
+    def png(self) -> bytes:
+        return save(self.figure, "png", self.name)
+
+    def html(self) -> str:
+        return card(self.title, inline(self.svg), self.note)
+
+    def files(self) -> dict[str, bytes]:
+        return {f"{self.name}.svg": self.svg, f"{self.name}.png": self.png}
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    columns: Columns
+    note: str = ""
+
+    def html(self) -> str:
+        return card(self.title, table(self.columns), self.note)
+
+    def files(self) -> dict[str, bytes]:
+        return {f"{self.name}.csv": as_csv(self.columns).encode()}
+
+
+def write_report(folders: list[Path], out: Path | None = None) -> Path:
+    """Write the report of the runs, and plane.png beside it; return the report's path.
+
+    With `out`, its figures and tables are files in a folder beside it, too.
+    """
+    once = {Path(folder).resolve(): folder for folder in folders}  # a run named twice would hide the spread
+    groups = group_runs([read_run(folder) for folder in once.values()])
+    overview = compare(groups)
+    body, files = [grid(overview)], [*overview]
+    if len(groups) == 1:
+        body.insert(0, headline(groups[0]))
+    else:
+        files.append(Table("summary", "Before and after", summary_table(groups), SUMMARY))
+        body.insert(0, files[-1].html())
+    for i, group in enumerate(groups, 1):
+        slug = re.sub("[^0-9A-Za-z]+", "-", group.label).strip("-")
+        prefix = f"{i}-{slug}-" if len(groups) > 1 else ""
+        plots, tables = plots_of(group, prefix), tables_of(group, prefix)
+        body += [grid(plots), *(part.html() for part in tables), recipe_of(group)]
+        files += [*plots, *tables]
+    title = escape(", ".join(group.label for group in groups))
+    page = Path(out) if out else Path(folders[0]) / "report.html"
+    write(page, PAGE.format(css=CSS, title=title, body="\n".join(body)).encode())
+    write(page.with_name("plane.png"), overview[0].png)
+    for part in files if out else []:
+        for name, content in part.files().items():
+            write(page.with_name(f"{page.stem}_files") / name, content)
+    return page
+
+
+def write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def compare(groups: list[Group]) -> list[Plot]:
+    """All groups in one plane, and their scores. One that learned all at once bounds those that did not."""
+    several = any(group.planned > 1 for group in groups)
+    curves = [group.curve(joint=several and group.planned == group.updates[-1] == 1) for group in groups]
+    note = f"One point per update, on {SCORED}."
+    return [
+        Plot("plane", "Learned (up) against kept (right)", plane_figure, curves, note),
+        Plot("scores", "Scores over updates", scores_figure, curves, note),
+    ]
+
+
+def plots_of(group: Group, prefix: str) -> list[Plot]:
+    """One recipe's datasets, training, stream and budget, as far as the runs say them."""
+    first, found = group.records[0], []
+    if len(group.updates) > 1:
+        changes = [(name, role, np.diff(scores).mean()) for name, role, scores in group.datasets()]
+        found.append(("changes", "change per dataset", datasets_figure, changes, before_and_after(group)))
+    runs = [record.training for record in group.records if record.training]
+    if runs:
+        training = Training(group.lifetime(), runs)
+        found.append(("training", "learning rate and loss", training_figure, training))
+    if stream := first.first.get("stream"):
+        note = f"The order of {first.name}." if len(group.records) > 1 else ""
+        found.append(("stream", "which dataset feeds which update", stream_figure, stream, note))
+    if curve := group.keep_curve():
+        rows = [{"keep": keep, **{k: v.mean() for k, v in scores.items()}} for keep, scores in curve.items()]
+        found.append(("worth", "was the last update worth it?", sweep_figure, rows, WORTH))
+    if spent := group.spent():
+        found.append(("budget", "what each update spent", budget_figure, spent))
+    return [Plot(prefix + name, f"{group.label}: {title}", *rest) for name, title, *rest in found]
+
+
+def tables_of(group: Group, prefix: str) -> list[Table]:
+    scored, note = f"Percent, on {SCORED}.", before_and_after(group)
+    found = [
+        ("worth", "was the last update worth it?", worth_table(group), scored),
+        ("updates", "updates", updates_table(group), scored),
+        ("transfer", "transfer and drift", transfer_table(group), f"{scored} {TRANSFER}"),
+        ("costs", "spent so far", costs_table(group), ""),
+        ("datasets", "datasets", datasets_table(group), note),
+        ("measures", "datasets, further measures", measures_table(group), note),
+    ]
+    return [
+        Table(prefix + name, f"{group.label}: {title}", columns, note)
+        for name, title, columns, note in found
+        if any(isinstance(column, Values) and column.known for column in columns.values())
+    ]
+
+
+def headline(group: Group) -> str:
+    """KA, ZS and GM before and after, and how far the run has got."""
+    tiles = ""
+    for key, title in SCORES.items():
+        before, after = group.ends(key).T
+        tile = f"<b>{number(before)} → {number(after)}</b>{number(after - before, '+.1f')}"
+        tiles += f"<div>{title} ({key.upper()}){tile}</div>"
+    done, planned = group.updates[-1], group.planned
+    progress = f"after {done} of {planned} updates" + ("" if done == planned else ", unfinished")
+    note = f"Percent on {test_sets(group)}, {progress}."
+    if len(group.records) > 1:
+        note += " Mean ± standard deviation of " + ", ".join(record.name for record in group.records) + "."
+    return card(group.label, f'<div class="tiles">{tiles}</div>', note)
+
+
+def summary_table(groups: list[Group]) -> Columns:
+    """A row per recipe."""
+    columns: dict[str, Any] = {"recipe": [group.label for group in groups]}
+    for key in SCORES:
+        ends = [group.ends(key) for group in groups]
+        columns[key.upper()] = Values([of_runs[:, 1] for of_runs in ends])
+        columns[f"change of {key.upper()}"] = Values(
+            [of_runs[:, 1] - of_runs[:, 0] for of_runs in ends], "+.1f"
+        )
+    columns["updates"] = [f"{group.updates[-1]} of {group.planned}" for group in groups]
+    columns["test sets"] = ["whole" if group.whole else "subset" for group in groups]
+    return columns
+
+
+def recipe_of(group: Group) -> str:
+    names = ", ".join(record.name for record in group.records)
+    text = escape(group.records[0].recipe_text)
+    summary = f"<summary>{escape(group.label)}: recipe of {escape(names)}</summary>"
+    return f'<details class="card">{summary}<pre>{text}</pre></details>'
+
+
+def test_sets(group: Group) -> str:
+    return "the whole test sets" if group.whole else SCORED
+
+
+def before_and_after(group: Group) -> str:
+    return f"From the untouched model to the last update, percent, on {test_sets(group)}."
+
+
+def worth_table(group: Group) -> Columns:
+    """What else could have been done with the last update, beside what was."""
+    curve = group.keep_curve()
+    if curve is None:
+        return {}
+    named = {0.0: "plain finetuning (keep 0)", 1.0: "doing nothing (keep 1)"}
+    rows = [(named.get(keep, f"interpolated: keep {keep:g}"), scores) for keep, scores in curve.items()]
+    deployed = {key: group.values(key)[:, -1] for key in SCORES}
+    rows = [rows[-1], *rows[:-1], ("this update, as deployed", deployed)]
+    frozen = [of_run[0].get("frozen") for of_run in group.lines]
+    if all(frozen):
+        ka = np.array([of_run[group.updates[-1]] for of_run in frozen])
+        rows.insert(1, ("frozen features and ridge regression", {"ka": ka}))
+    missing = np.array([np.nan])
+    columns = {key.upper(): Values([scores.get(key, missing) for _, scores in rows]) for key in SCORES}
+    return {"instead": [title for title, _ in rows], **columns}
+
+
+def updates_table(group: Group) -> Columns:
+    """A row per update: means over datasets, and over concepts (where a set of many classes weighs more)."""
+    means = {key.upper(): Values(group.values(key).T) for key in SCORES}
+    by_concept = {
+        f"{key.upper()} by concept": Values(group.values("concept_means", key).T) for key in ("ka", "zs")
+    }
+    return {"update": [str(update) for update in group.updates], **means, **by_concept}
+
+
+def transfer_table(group: Group) -> Columns:
+    """A row per update: what the updates did to what was taught before and after them."""
+    kinds = {kind: Values(group.values("transfer", kind).T, "+.1f") for kind in ("forward", "backward")}
+    return {
+        "update": [str(update) for update in group.updates],
+        **kinds,
+        "forgetting": Values(group.values("transfer", "forgetting").T),
+        "drift": Values(group.values("drift").T, ".3f"),
+    }
+
+
+def costs_table(group: Group) -> Columns:
+    """A row per update: what the life has cost, and what it might have; of several runs the mean."""
+    columns: dict[str, Any] = {"update": [str(update) for update in group.updates]}
+    for key, (title, unit, form) in COSTS.items():
+        allowed = group.allowed(key) * group.updates
+        columns[title] = Values(group.values(key).mean(axis=0)[:, None] / unit, form)
+        columns[f"{title} allowed"] = Values(allowed.mean(axis=0)[:, None], form)
+    return columns
+
+
+def datasets_table(group: Group) -> Columns:
+    """A row per dataset; the standard error is that of sampling test pictures, which a seed does not change."""
+    names, roles, scores = zip(*group.datasets(), strict=True)
+    both = np.stack(scores)  # (datasets, R, 2)
+    stderr = np.array([[group.ends("stderr", name)[:, 1].mean()] for name in names])
+    return {
+        "dataset": names,
+        "role": roles,
+        "before": Values(both[..., 0]),
+        "after": Values(both[..., 1]),
+        "stderr of after": Values(stderr),
+        "change": Values(both[..., 1] - both[..., 0], "+.1f"),
+    }
+
+
+def measures_table(group: Group) -> Columns:
+    """A row per dataset: what else was measured after the last update; datasets differ in what that is."""
+    names = [name for name, _, _ in group.datasets()]
+    details = group.lines[0][-1].get("details") or {}
+    measures = dict.fromkeys(measure for name in names for measure in details.get(name, {}))
+    after = {m: [group.ends("details", name, m)[:, 1] for name in names] for m in measures}
+    return {"dataset": names, **{m.replace("_", " "): Values(np.array(rows)) for m, rows in after.items()}}
+
+
+def card(title: str, content: str, note: str = "") -> str:
+    """A white box; `content` is HTML, title and note are text."""
+    note = f'<p class="quiet">{escape(note)}</p>' if note else ""
+    return f'<section class="card"><h2>{escape(title)}</h2>\n{content}{note}</section>\n'
+
+
+def grid(plots: list[Plot]) -> str:
+    """Beside each other where the screen is wide enough."""
+    return f'<div class="grid">{"".join(plot.html() for plot in plots)}</div>'
+
+
+def picture(draw: Callable[[Any], Figure], what: Any, salt: str = "") -> str:
+    """A figure as part of the page."""
+    return inline(render(draw, what, "svg", salt))
+
+
+def inline(svg: bytes) -> str:
+    """An SVG file without the XML header, which HTML does not have, and without ids that repeat in each figure."""
+    text = svg.decode()
+    return re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", text[text.index("<svg") :])

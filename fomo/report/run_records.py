@@ -1,0 +1,209 @@
+"""What run folders say, for reports: runs of one recipe that differ only in the seed are a group.
+
+    read_run(folder) -> Record -> group_runs -> Group
+
+Runs may be unfinished: what is there is read.
+
+Shapes: R runs of a group, U updates that all of them have reached.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fomo.errors import UserError
+from fomo.report.figures import SCORES, Curve
+from fomo.report.tables import deviation
+from fomo.schedules import RateCurve, Schedule
+from fomo.schema import build, read_yaml
+
+LIMITS = {
+    "mafs": "MAFs",
+    "seconds": "seconds",
+    "steps": "steps",
+}  # what a budget may limit, the strictest first
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run folder says, as far as the run has got."""
+
+    name: str
+    recipe: dict
+    recipe_text: str
+    evaluations: dict[int, dict]  # update -> its line of metrics.jsonl; update 0 is the untouched model
+    training: list[dict]  # lines of train.jsonl
+
+    @property
+    def first(self) -> dict:
+        """The evaluation that a run begins with; that of a child is of what its parent deployed."""
+        return self.evaluations[min(self.evaluations)]
+
+
+def read_run(folder: Path) -> Record:
+    """Read what a report needs of a run folder."""
+    folder = Path(folder)
+    lines = read_lines(folder / "metrics.jsonl")
+    if not lines:
+        raise UserError(f"{folder / 'metrics.jsonl'}: empty, the run has not been evaluated yet")
+    training = folder / "train.jsonl"
+    return Record(
+        name=folder.resolve().name,  # resolved, because the name of "." is empty
+        recipe=read_yaml(folder / "recipe.yaml"),
+        recipe_text=read_text(folder / "recipe.yaml"),
+        evaluations={line["update"]: line for line in lines},
+        training=read_lines(training) if training.exists() else [],
+    )
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Parse a file of JSON lines; a last line that is still being written is left out."""
+    lines = read_text(path).splitlines()
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not JSON: {error}") from None
+    return parsed
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected the folder of a run") from None
+
+
+# --- runs that differ only in the seed -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one recipe that differ only in the seed."""
+
+    label: str
+    records: list[Record]
+
+    @property
+    def updates(self) -> list[int]:
+        """The updates that every run has reached: a mean over changing runs would jump."""
+        return sorted(set.intersection(*(set(record.evaluations) for record in self.records)))
+
+    @property
+    def lines(self) -> list[list[dict]]:
+        """The evaluations after these updates, (R, U)."""
+        return [[record.evaluations[update] for update in self.updates] for record in self.records]
+
+    def values(self, *path: str) -> np.ndarray:
+        """One number of the evaluations' lines, by its key or path of keys, (R, U); NaN where there is none."""
+        return np.array([[look_up(line, path) for line in of_run] for of_run in self.lines], dtype=float)
+
+    def curve(self, joint: bool = False) -> Curve:
+        values = {key: self.values(key) for key in SCORES}
+        return Curve(
+            label=self.label,
+            updates=self.updates,
+            mean={key: scores.mean(axis=0) for key, scores in values.items()},
+            spread={key: deviation(scores) for key, scores in values.items()},
+            frozen=self.frozen(),
+            joint=joint,
+        )
+
+    def frozen(self) -> np.ndarray | None:
+        """KA of the frozen baseline at each of the group's updates, mean over runs."""
+        known = [of_run[0].get("frozen") for of_run in self.lines]
+        if not all(known):
+            return None
+        return np.array([[of_run[update] for update in self.updates] for of_run in known]).mean(axis=0)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the first and the last scores exist for the whole test sets, beside the subset's."""
+        return all(of_run[i].get("full") for of_run in self.lines for i in (0, -1))
+
+    def ends(self, *path: str) -> np.ndarray:
+        """The first and the last such number of each run, (R, 2), on the whole test sets if both are there."""
+        whole = ("full",) if self.whole else ()
+        ends = [[of_run[0], of_run[-1]] for of_run in self.lines]
+        return np.array([[look_up(line, whole + path) for line in pair] for pair in ends], dtype=float)
+
+    def datasets(self) -> list[tuple[str, str, np.ndarray]]:
+        """(name, role, scores before and after (R, 2)), from the largest gain to the largest loss."""
+        roles = self.records[0].first["roles"]
+        rows = [(name, role, self.ends("datasets", name)) for name, role in roles.items()]
+        return sorted(rows, key=lambda row: -np.diff(row[2]).mean())
+
+    def allowed(self, what: str) -> np.ndarray:
+        """What each run's budget allows an update, (R, 1): "steps", "mafs", "seconds"; NaN if it is no limit."""
+        first = [record.first for record in self.records]
+        return np.array([[look_up(line, ("allowed", what))] for line in first], dtype=float)
+
+    def spent(self) -> tuple[str, list[int], np.ndarray] | None:
+        """(unit, updates, percent of the allowed that was spent since the evaluation before), mean over runs."""
+        for what, unit in LIMITS.items():
+            allowed = np.diff(self.updates) * self.allowed(what)  # (R, U-1)
+            shares = 100 * np.diff(self.values(what)) / allowed
+            if shares.size and np.isfinite(shares).all():
+                return unit, self.updates[1:], shares.mean(axis=0)
+        return None
+
+    def keep_curve(self) -> dict[float, dict[str, np.ndarray]] | None:
+        """keep -> score -> (R,): between the weights tuned by the last update (0) and those before it (1)."""
+        known = [of_run[-1].get("keeps") for of_run in self.lines]
+        if not all(known):
+            return None
+        before = [{key: of_run[-2][key] for key in SCORES} for of_run in self.lines]
+        curve = {row["keep"]: [of_run[i] for of_run in known] for i, row in enumerate(known[0])}
+        points = sorted({**curve, 1.0: before}.items())
+        return {
+            keep: {key: np.array([row[key] for row in rows], float) for key in SCORES}
+            for keep, rows in points
+        }
+
+    @property
+    def planned(self) -> int:
+        """T, the updates of the whole life."""
+        return self.records[0].recipe["stream"]["updates"]
+
+    def lifetime(self) -> RateCurve:
+        """The learning rate as planned; the steps, where the budget came to no number before training, as done."""
+        first = self.records[0]
+        steps = look_up(first.first, ("allowed", "steps"))
+        steps = steps or 1 + max(line["step"] for line in first.training)
+        schedule = build(Schedule, first.recipe["schedule"], "schedule")
+        return RateCurve(self.label, schedule, first.recipe["optimizer"]["lr"], self.planned, steps)
+
+
+def look_up(line: dict, path: tuple[str, ...]) -> float | None:
+    """What nested dicts have under a path of keys; older runs, and first updates, lack some."""
+    value: Any = line
+    for key in path:
+        value = (value or {}).get(key)
+    return value
+
+
+def group_runs(records: Iterable[Record]) -> list[Group]:
+    """Group runs by their recipe without the seed, in order of appearance."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        recipe = {**record.recipe, "seed": None}
+        groups.setdefault(json.dumps(recipe, sort_keys=True, default=str), []).append(record)
+    labels = [group_label([record.name for record in members]) for members in groups.values()]
+    if len(set(labels)) < len(labels):  # other recipes in folders of the same name
+        labels = [f"{label} #{i}" for i, label in enumerate(labels, start=1)]
+    return [Group(label, members) for label, members in zip(labels, groups.values(), strict=True)]
+
+
+def group_label(names: list[str]) -> str:
+    """merge-s0, merge-s1, merge-s2 -> merge (3 runs)."""
+    if len(names) == 1:
+        return names[0]
+    stems = {re.sub(r"[-_. ]+(seed|s)?[-_. ]*\d+$", "", name) for name in names}
+    return f"{stems.pop() if len(stems) == 1 else names[0]} ({len(names)} runs)"

@@ -1,0 +1,338 @@
+"""The run folder: everything one `update` read, did and made.
+
+A checkpoint is complete or absent: it is written aside, flushed, hashed, and renamed to a name that carries the
+hash, so a truncated or altered file is recognised by its name and the one before it is used. Those that end an
+update are kept under a second name, for `continue` and for the case that the newest are all damaged.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+import torch
+import yaml
+
+from fomo.atomic import OnDisk, naming, settle, staged, write_atomically, write_tensors
+from fomo.clip import NOT_TENSORS, Clip, save
+from fomo.distributed import ALONE, Ranks
+from fomo.errors import Interrupted, UserError, one_line
+from fomo.recipe import Recipe, dump
+from fomo.schema import read_yaml
+
+FORMAT = 1  # of a run folder: raised when an older fomo could not go on with it
+KEPT_CHECKPOINTS = 2
+LOGS = ("metrics.jsonl", "concepts.jsonl", "train.jsonl")
+
+
+@dataclass
+class Position:
+    """How far a run is."""
+
+    updates: int = 0  # T, once the stream is known
+    update: int = 0  # updates finished
+    step: int = 0  # steps done in the next one
+    evaluated: bool = False  # whether the weights after `update` have been scored
+    samples: int = 0
+    seconds: float = 0.0
+    steps: int = 0  # of each update (N), once planned or timed
+    began: float = 0.0  # `seconds` at the beginning of this update
+    closing: float = 0.0  # of a budget in hours: seconds that are left for what follows the steps
+
+    @property
+    def finished(self) -> bool:
+        return self.evaluated and 0 < self.updates == self.update
+
+
+@dataclass
+class Run:
+    folder: Path
+    position: Position = field(default_factory=Position)
+    signum: int = 0
+    lock: IO | None = None  # held as long as it is open
+    handlers: dict = field(default_factory=dict)  # of signals, before this run took them over
+    ranks: Ranks = ALONE  # that live through it together; the first alone holds the lock and writes
+
+    @classmethod
+    def open(
+        cls, folder: Path, recipe: Recipe, resume: bool, ranks: Ranks = ALONE
+    ) -> tuple["Run", dict | None]:
+        """-> the run and the checkpoint to go on from. Refuses to write over a run; writes nothing yet."""
+        run = cls(folder, ranks=ranks)
+        checkpoint = ranks.from_first(lambda: run.taken(recipe, resume))
+        if checkpoint:
+            run.position = Position(**checkpoint["position"])
+        return run, checkpoint
+
+    def taken(self, recipe: Recipe, resume: bool) -> dict | None:
+        """Lock the folder for this process; -> the checkpoint to go on from."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
+        refuse_used(self.folder, resume)
+        self.lock = held(self.folder / "lock")
+        try:
+            if (self.folder / "recipe.yaml").exists():
+                same_recipe(self.folder / "recipe.yaml", recipe)
+            return self.latest_checkpoint()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes work on the folder; a run that was refused before it began leaves nothing."""
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        if not self.ranks.first:
+            return
+        if not (self.folder / "recipe.yaml").exists():
+            (self.folder / "lock").unlink(missing_ok=True)
+        self.lock.close()
+
+    def life(self) -> dict | None:
+        """What a run that has begun must find again, see material.Material.life."""
+        path = self.folder / "stream.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError as error:
+            raise UserError(f"{path}: not the stream of a run: {one_line(error)}") from None
+
+    @property
+    def scored(self) -> bool:
+        """Whether it has a line in metrics.jsonl."""
+        return size_of(self.folder / "metrics.jsonl") > 0
+
+    def begin(self, recipe: Recipe, data: dict, life: dict, checkpoint: dict | None) -> None:
+        """Make the folder what the checkpoint says, or a new run."""
+        for signum in (signal.SIGTERM, signal.SIGINT):  # noted, and acted on at the next `check`
+            taken = signal.signal(signum, lambda number, frame: setattr(self, "signum", number))
+            self.handlers[signum] = taken
+        if not self.ranks.first:
+            return
+        for name in ("state", "weights"):
+            (self.folder / name).mkdir(exist_ok=True)
+        write_atomically(self.folder / "recipe.yaml", dump(recipe).encode())
+        if Path(recipe.data) != (self.folder / "data.yaml").resolve():
+            text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+            write_atomically(self.folder / "data.yaml", text.encode())
+        write_atomically(self.folder / "stream.json", json.dumps(life, ensure_ascii=False).encode())
+        lengths = checkpoint["logs"] if checkpoint else {}
+        for log in LOGS:
+            cut_back(self.folder / log, lengths.get(log, 0))
+
+    def save_checkpoint(self, **content) -> None:
+        """content: nested dicts of tensors and plain numbers."""
+        if not self.ranks.first:
+            return
+        logs = {log: size_of(self.folder / log) for log in LOGS}
+        state = self.folder / "state"
+        staging = state / "writing.pt"
+        head = {"format": FORMAT, "position": vars(self.position), "logs": logs}
+        try:
+            with naming(staging):
+                with open(staging, "wb") as file:  # given a path, torch does not say why it failed
+                    torch.save({**head, **content}, file)
+                self.name_checkpoint(staging)
+        finally:
+            staging.unlink(missing_ok=True)
+        for old in checkpoints(state)[:-KEPT_CHECKPOINTS]:
+            old.unlink()
+
+    def name_checkpoint(self, staging: Path) -> None:
+        """As the newest; at the end of an update also as that which `continue` may start from, and first so."""
+        digest, state = file_hash(staging), staging.parent
+        numbers = [int(p.name.split("-")[0]) for p in checkpoints(state)]
+        newest = state / f"{max(numbers, default=0) + 1:06d}-{digest}.pt"
+        if self.position.step or not self.position.evaluated:
+            settle(staging, newest)
+            return
+        ended = state / f"update_{self.position.update:03d}-{digest}.pt"
+        settle(staging, ended)
+        same_file(ended, newest)
+        for other in state.glob(f"update_{self.position.update:03d}-*.pt"):  # of an attempt that was killed
+            if other != ended:
+                other.unlink()
+
+    def latest_checkpoint(self) -> dict | None:
+        """The newest checkpoint whose bytes are those that were written."""
+        state = self.folder / "state"
+        for path in reversed([*kept_updates(state), *checkpoints(state)]):
+            if checkpoint := read_checkpoint(path):
+                return checkpoint
+            print(f"{path}: damaged, passed over", file=sys.stderr)
+        if (self.folder / "parent.yaml").exists():  # it cannot begin by itself
+            raise UserError(f"{state}: no checkpoint is whole; make this run again with `continue`")
+        return None
+
+    def log(self, name: str, line: dict) -> None:
+        if not self.ranks.first:
+            return
+        path = self.folder / name
+        with naming(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    @property
+    def model(self) -> Path:
+        """The deployed model. A process that died between the two renames of `save_model` left it aside."""
+        place, aside = self.folder / "model", self.folder / "model.old"
+        if aside.exists() and not place.exists():
+            aside.rename(place)
+        return place
+
+    def weights_before(self) -> OnDisk:
+        """The newest weights that are kept from before this update."""
+        kept = kept_updates(self.folder / "weights")
+        return OnDisk([path for path in kept if update_of(path) < self.position.update][-1])
+
+    def save_weights(self, clip: Clip, keep: int | None) -> None:
+        """The deployed weights of this update, and as the model that open_clip opens."""
+        if not self.ranks.first:
+            return
+        target = self.folder / "weights" / f"update_{self.position.update:03d}.safetensors"
+        write_tensors(clip.model.state_dict(), target)
+        if keep is not None:
+            for kept in (target.parent, self.folder / "state"):
+                for old in kept_updates(kept)[1:-keep]:  # the original stays
+                    old.unlink()
+        self.save_model(clip)
+
+    def save_model(self, clip: Clip) -> None:
+        fresh, place, old = self.folder / "model.part", self.model, self.folder / "model.old"
+        for folder in (fresh, old):
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            save(clip, fresh)
+            if place.exists():
+                place.rename(old)
+            fresh.rename(place)
+        finally:  # what is left of it if this failed: a full disk needs the room
+            shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def signalled(self) -> int:
+        """The signal to any of the ranks, else 0; all must ask."""
+        return self.ranks.highest(self.signum)
+
+    def check(self) -> None:
+        if signum := self.signalled():
+            raise Interrupted(signum)
+
+
+def refuse_used(folder: Path, resume: bool) -> None:
+    """A new run begins in an empty folder, or in one that has nothing but an inferred data file."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    inferred = "data.yaml" in names and (folder / "data.yaml").read_bytes().startswith(b"# Inferred from")
+    if not resume and names - {"lock"} - ({"data.yaml"} if inferred else set()):
+        raise UserError(
+            f"{folder}: this run exists; go on with --resume, or choose another folder with --out"
+        )
+
+
+def held(path: Path) -> IO:
+    """The lock of a run folder. It ends with the process that holds it, however that ends.
+
+    Data workers do not inherit it, as they would flock's: those of a killed process live a few seconds longer.
+    """
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  closing it lets go
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # either, says POSIX
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise UserError(f"{path.parent}: {holder} is working on this run") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
+
+
+def same_recipe(path: Path, recipe: Recipe) -> None:
+    """A run goes on with the recipe it began with."""
+    differing = differences(read_yaml(path), yaml.safe_load(dump(recipe)))
+    if differing:
+        raise UserError(f"{path}: the run began with another recipe, differing: {', '.join(differing)}")
+
+
+def differences(before: dict, now: dict, where: str = "") -> list[str]:
+    """The dotted names of the fields that differ."""
+    found = []
+    for key in {**now, **before}:
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            found.append(f"{where}{key}")
+    return found
+
+
+def checkpoints(state: Path) -> list[Path]:
+    """Oldest first; those that only keep an update for `continue` are not among them."""
+    return sorted(state.glob("[0-9]*-*.pt"))
+
+
+def kept_updates(folder: Path) -> list[Path]:
+    """What keeps an update in `weights` or `state`, oldest first: update_012.safetensors, update_012-HASH.pt."""
+    found = [path for path in folder.glob("update_*") if path.suffix != ".part"]
+    return sorted(found, key=lambda path: (update_of(path), path.name))  # 1000 comes after 999
+
+
+def update_of(path: Path) -> int:
+    return int(re.match(r"update_(\d+)", path.name)[1])
+
+
+def read_checkpoint(path: Path) -> dict | None:
+    """None if its bytes are not those that were written."""
+    if file_hash(path) != path.stem.split("-")[1]:
+        return None
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except NOT_TENSORS as error:
+        raise UserError(f"{path}: not a checkpoint of a run: {one_line(error)}") from None
+    if checkpoint["format"] > FORMAT:
+        found = f"format {checkpoint['format']} of a newer fomo"
+        raise UserError(f"{path}: {found}, accepted: up to {FORMAT}")
+    return checkpoint
+
+
+def same_file(path: Path, other: Path) -> None:
+    """A second name for a file, without a second copy where the file system can do that."""
+    try:
+        os.link(path, other)
+    except OSError:
+        with staged(other) as staging:
+            shutil.copyfile(path, staging)
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def cut_back(path: Path, length: int) -> None:
+    """Drop lines written after the checkpoint: they will be written again."""
+    size = size_of(path)
+    if size < length:
+        raise UserError(f"{path}: {size} bytes, and {length} when its checkpoint was written; restore it")
+    if size > length:
+        os.truncate(path, length)

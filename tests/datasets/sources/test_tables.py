@@ -1,0 +1,79 @@
+"""open_clip's CSV and TSV files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fomo.datasets.sources.tables import Table, Tsv
+from fomo.errors import UserError
+
+
+def table(folder: Path, text: str, name: str = "a.csv") -> str:
+    (folder / "pics").mkdir(exist_ok=True)
+    for level in range(4):
+        Image.new("RGB", (8, 6), (level,) * 3).save(folder / "pics" / f"{level}.png")
+    (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / name)
+
+
+def test_rows_are_pictures_relative_to_the_file_with_captions(tmp_path):
+    source = Table(
+        table(tmp_path, 'filepath,title\npics/2.png,"two, it says"\npics/1.png, one \npics/0.png,\n')
+    )
+    assert [source.captions(i) for i in range(3)] == [["two, it says"], ["one"], []]
+    assert [np.asarray(source.image(i)).max() for i in range(3)] == [2, 1, 0]
+    assert source.classes == [] and source.labels.tolist() == [-1] * 3
+    assert source.caption_counts().tolist() == [1, 1, 0]
+
+
+def test_other_columns_a_tab_and_concepts(tmp_path):
+    path = table(
+        tmp_path, "file\ttext\tkind\npics/0.png\ta\tfox\npics/1.png\tb\tant\npics/2.png\tc\t\n", "a.tsv"
+    )
+    source = Tsv(path, image="file", caption="text", concept="kind")
+    assert source.classes == ["ant", "fox"] and source.labels.tolist() == [1, 0, -1]
+    alone = Table(path, image="file", caption=None, concept="kind", separator="\t")
+    assert alone.captions(0) == [] and alone.classes == ["ant", "fox"]
+
+
+def test_rows_of_the_same_picture_are_one_sample(tmp_path):
+    source = Table(table(tmp_path, "filepath,title\npics/0.png,a\npics/0.png,b\npics/1.png,c\n"))
+    assert [source.captions(i) for i in range(2)] == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("path,title\nx.png,a\n", ["no column 'filepath'", "it has: path, title"]),
+        ("filepath,caption\nx.png,a\n", ["no column 'title'", "caption: null"]),
+        ("filepath\ttitle\nx.png\ta\n", ["no column 'filepath'", "is the separator right?"]),
+        ("filepath,title\n", ["no rows"]),
+        ("filepath,title\n,a\n", ["row 1 has no filepath"]),
+        ("", ["no column 'filepath'"]),
+    ],
+)
+def test_mistakes_name_the_file_and_the_columns(tmp_path, text, expected):
+    path = table(tmp_path, text)
+    with pytest.raises(UserError) as error:
+        Table(path)
+    assert str(error.value).startswith(f"{path}: ")
+    for part in expected:
+        assert part in str(error.value)
+
+
+def test_absent_and_binary_files_are_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        Table(str(tmp_path / "gone.csv"))
+    (tmp_path / "b.csv").write_bytes(b"filepath,title\n\xff\xfe\x00,1\n")
+    with pytest.raises(UserError, match="not a readable table"):
+        Table(str(tmp_path / "b.csv"))
+    with pytest.raises(UserError, match="one character"):
+        Table(table(tmp_path, "filepath,title\n"), separator="::")
+
+
+def test_a_caption_of_many_words_is_read(tmp_path):
+    text = "word " * 60_000
+    source = Table(table(tmp_path, f"filepath,title\npics/0.png,{text}\n"))
+    assert source.captions(0) == [text.strip()]

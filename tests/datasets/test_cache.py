@@ -1,0 +1,407 @@
+"""The pixel cache: any picture becomes upright RGB bytes, and a cache is whole or absent."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
+
+from fomo.datasets.cache import Decoded, Pixels, open_pixels, opened, shrink
+from fomo.datasets.crops import central_crops, crop, random_crops
+from fomo.datasets.sources.base import Source
+from fomo.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
+QUARTERS = (
+    "red",
+    "lime",
+    "blue",
+    "white",
+)  # of a picture, row by row: tells every orientation from the others
+
+
+class Pictures(Source):
+    """Coloured squares; those in `broken` cannot be read, and number `stop` stops the build."""
+
+    def __init__(
+        self, count: int, name: str = "squares", broken: tuple = (), stop: BaseException | None = None
+    ):
+        self.labels = np.zeros(count, np.int64)
+        self.name, self.broken, self.stop, self.read = name, broken, stop, []
+
+    def image(self, index: int) -> Image.Image:
+        self.read.append(index)
+        if self.stop and index == 2:
+            raise self.stop
+        if index in self.broken:
+            return Image.open(io.BytesIO(encoded(quarters(), "JPEG")[:300]))
+        return Image.new("RGB", (12 + index % 3, 10), (index, 0, 255 - index))
+
+    def name_of(self, index: int) -> str:
+        return f"{self.name} number {index}"
+
+    def key(self) -> str:
+        return f"{self.name} {len(self)}"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("FOMO_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def quarters(width: int = 60, height: int = 40) -> Image.Image:
+    image = Image.new("RGB", (width, height))
+    for i, colour in enumerate(QUARTERS):
+        image.paste(colour, (i % 2 * width // 2, i // 2 * height // 2, width, height))
+    return image
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def reread(image: Image.Image, form: str, **options) -> Image.Image:
+    return Image.open(io.BytesIO(encoded(image, form, **options)))
+
+
+def corners(pixels: np.ndarray) -> list[list[int]]:
+    """The colours a little inside the four corners."""
+    h, w = pixels.shape[:2]
+    return [pixels[y, x].tolist() for y in (h // 5, -h // 5) for x in (w // 5, -w // 5)]
+
+
+def assert_like(pixels: np.ndarray, expected: list, slack: int = 3):
+    assert (pixels.dtype, pixels.ndim, pixels.shape[2]) == (np.uint8, 3, 3)
+    assert np.abs(np.array(corners(pixels)) - expected).max() <= slack, corners(pixels)
+
+
+RGB = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
+GRAY = [[level] * 3 for level in (76, 150, 29, 255)]  # ITU-R 601 luma of the four colours
+
+
+@pytest.mark.parametrize(
+    ("image", "expected", "slack"),
+    [
+        (reread(quarters(), "PNG"), RGB, 0),
+        (reread(quarters(), "JPEG", quality=95), RGB, 8),
+        (reread(quarters(), "WEBP", lossless=True), RGB, 0),
+        (reread(quarters().convert("L"), "PNG"), GRAY, 0),
+        (reread(quarters().convert("1", dither=0), "PNG"), [[0] * 3, [255] * 3, [0] * 3, [255] * 3], 0),
+        (reread(quarters().convert("P"), "PNG"), RGB, 0),
+        (reread(quarters().convert("RGBA"), "PNG"), RGB, 0),
+        (reread(quarters().convert("LA"), "PNG"), GRAY, 0),
+        (reread(quarters().convert("CMYK"), "JPEG", quality=95), RGB, 10),
+        (reread(quarters().convert("YCbCr"), "JPEG", quality=95), RGB, 8),
+    ],
+    ids=["png", "jpeg", "webp", "gray", "bits", "palette", "rgba", "la", "cmyk", "ycbcr"],
+)
+def test_pictures_of_every_mode_become_rgb_bytes_of_the_right_colours(image, expected, slack):
+    pixels = shrink(image, 20)
+    assert pixels.shape == (20, 30, 3)
+    assert_like(pixels, expected, slack)
+
+
+def test_what_is_transparent_becomes_white():
+    image = quarters().convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 30, 20))
+    image.paste((0, 0, 0, 128), (30, 0, 60, 20))
+    assert_like(shrink(reread(image, "PNG"), 20), [[255] * 3, [127] * 3, *RGB[2:]], slack=1)
+
+    palette = quarters().convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
+    red = palette.getpixel((5, 5))
+    stored = reread(palette, "PNG", transparency=red)
+    assert stored.mode == "P" and "transparency" in stored.info
+    assert_like(shrink(stored, 20), [[255] * 3, *RGB[1:]], slack=0)
+
+
+def test_sixteen_bit_pictures_keep_their_range_of_grays():
+    ramp = np.linspace(0, 65535, 60 * 40).reshape(40, 60).astype(np.uint16)
+    stored = reread(Image.fromarray(ramp), "PNG")
+    assert stored.mode.startswith("I")
+    pixels = shrink(stored, 40).astype(int)
+    assert (pixels[..., 0] == pixels[..., 2]).all()
+    assert np.abs(pixels[..., 0] - ramp / 257).max() <= 1
+
+
+def test_small_numbers_in_a_wide_type_are_grays_already():
+    values = np.arange(100, 196, dtype=np.int32).reshape(8, 12)
+    pixels = shrink(Image.fromarray(values), 8)
+    np.testing.assert_array_equal(pixels[..., 1], values)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright_as_their_exif_orientation_says(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = reread(quarters(), "PNG", exif=exif)
+    upright = ImageOps.exif_transpose(stored)
+    pixels = shrink(stored, 20)
+    assert pixels.shape == ((20, 30, 3) if orientation < 5 else (30, 20, 3))
+    assert corners(pixels) == corners(np.asarray(upright))
+
+
+def test_a_picture_with_damaged_exif_data_is_still_a_picture():
+    """Cameras and editors write such things; PIL can read the orientation but not write the rest again."""
+    entries = [(0x0112, 3, 1, 6), (0x011A, 2, 4, 0x00616161)]  # orientation 6; resolution as text
+    tiff = b"II*\0" + struct.pack("<IH", 8, len(entries))
+    tiff += b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
+    stored = reread(quarters(), "JPEG", exif=b"Exif\0\0" + tiff)
+    with pytest.raises((TypeError, struct.error)):
+        ImageOps.exif_transpose(stored.copy())
+    pixels = shrink(stored, 20)
+    assert pixels.shape == (30, 20, 3)
+    assert_like(pixels, [RGB[i] for i in (2, 0, 3, 1)], slack=16)
+
+
+@pytest.mark.parametrize(
+    "shape", [(33, 33), (40, 60), (60, 40), (20, 500), (500, 20), (7, 9), (1, 300), (64, 64)]
+)
+def test_the_short_side_becomes_the_models_size_and_the_long_side_is_limited(shape):
+    height, width = shape
+    for size in (16, 33):
+        pixels = shrink(Image.new("RGB", (width, height)), size)
+        long = max(shape) * size / min(shape)
+        assert min(pixels.shape[:2]) == size
+        assert abs(max(pixels.shape[:2]) - min(long, 1.5 * size + 2)) <= 1
+        if height != width:
+            assert (pixels.shape[0] > pixels.shape[1]) == (height > width)
+
+
+@pytest.mark.parametrize("size", [16, 32, 33, 34, 224])
+def test_random_crops_of_a_cut_picture_are_those_of_the_whole_picture(size):
+    """The claim of the module's docstring, for pictures of every width from square to a panorama."""
+    for long in range(size, 3 * size, max(1, size // 24)):
+        for height, width in ((size, long), (long, size)):
+            kept = np.array([shrink(Image.new("RGB", (width, height)), size).shape[:2]] * 100)
+            whole = np.array([[height, width]] * 100)
+            offset = np.concatenate([(whole - kept) // 2, np.zeros_like(kept)], 1)
+            for seed in (0, 1):
+                ours = random_crops(kept, np.random.default_rng(seed)) + offset
+                np.testing.assert_array_equal(ours, random_crops(whole, np.random.default_rng(seed)))
+            test = central_crops(*kept[:1].T) + offset[:1]
+            np.testing.assert_array_equal(test, central_crops(*whole[:1].T))
+
+
+@pytest.mark.parametrize("width", [32, 45, 48, 50, 51, 77, 200])
+def test_crops_of_a_cut_picture_show_the_same_pixels(width):
+    size = 32
+    whole = np.random.default_rng(width).integers(0, 256, (size, width, 3), dtype=np.uint8)
+    views = [whole, shrink(Image.fromarray(whole), size)]
+    results = []
+    for view in views:
+        shapes = np.array([view.shape[:2]] * 20)
+        boxes = np.concatenate([random_crops(shapes, np.random.default_rng(0)), central_crops(*shapes[:1].T)])
+        canvas = torch.from_numpy(np.stack([view] * len(boxes)))
+        results.append(crop(canvas, torch.from_numpy(boxes), size, **PLAIN))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64), (64, 64), (48, 96)])
+def test_the_test_crop_is_the_papers_resize_and_central_crop(shape):
+    """Bit by bit, where torchvision's rounding of the long side and of the corner agrees with ours."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    theirs = Compose([Resize(32, InterpolationMode.BICUBIC), CenterCrop(32)])(picture)
+    pixels = shrink(picture, 32)
+    top, left, h, w = central_crops(*np.array([pixels.shape[:2]]).T)[0].astype(int)
+    np.testing.assert_array_equal(pixels[top : top + h, left : left + w], np.asarray(theirs))
+
+
+def test_pictures_come_back_by_number_at_their_own_shapes():
+    pixels = open_pixels(Pictures(7), 8, "squares")
+    for index in range(7):
+        np.testing.assert_array_equal(pixels[index], shrink(Pictures(7).image(index), 8))
+    assert pixels.shapes.all()
+
+
+def test_a_cache_is_built_once_and_used_again():
+    first, second = Pictures(5), Pictures(5)
+    built = open_pixels(first, 8, "squares")
+    again = open_pixels(second, 8, "squares")
+    assert (first.read, second.read) == ([0, 1, 2, 3, 4], [])
+    np.testing.assert_array_equal(built[4], again[4])
+
+
+def test_other_sources_and_sizes_have_caches_of_their_own(cache):
+    open_pixels(Pictures(5), 8, "squares")
+    other, larger = Pictures(5, "others"), Pictures(5)
+    assert open_pixels(other, 8, "squares").folder != open_pixels(larger, 16, "squares").folder
+    assert len(other.read) == len(larger.read) == 5
+    assert len(list((cache / "pixels").iterdir())) == 3
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), MemoryError(), RuntimeError()])
+def test_an_interrupted_build_leaves_nothing_behind(stop, cache):
+    with pytest.raises(type(stop)):
+        open_pixels(Pictures(5, stop=stop), 8, "squares")
+    assert list((cache / "pixels").iterdir()) == []
+    whole = open_pixels(Pictures(5), 8, "squares")
+    assert len(whole.shapes) == 5 and whole.shapes.all()
+
+
+def test_a_build_that_was_killed_is_not_taken_for_whole(cache):
+    code = (
+        "import os, numpy\n"
+        "from PIL import Image\n"
+        "from fomo.datasets.pixels import Source, open_pixels\n"
+        "class Killed(Source):\n"
+        "    labels = numpy.zeros(5, int)\n"
+        "    def image(self, index):\n"
+        "        return Image.new('RGB', (10, 10)) if index < 3 else os.kill(os.getpid(), 9)\n"
+        "    def key(self):\n"
+        f"        return {Pictures(5).key()!r}\n"
+        "open_pixels(Killed(), 8, 'squares')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert [path.suffix for path in (cache / "pixels").iterdir()] == [".part"]  # what it had begun
+    open_pixels(Pictures(3, "others"), 8, "others")
+    assert [path.suffix for path in (cache / "pixels").iterdir()] == [""]  # whoever builds next tidies up
+    source = Pictures(5)
+    whole = open_pixels(source, 8, "squares")
+    assert source.read == [0, 1, 2, 3, 4]
+    assert len(whole.shapes) == 5 and whole.shapes.all()
+
+
+def test_a_few_broken_pictures_are_named_and_skipped_in_every_run(capsys):
+    for source in (Pictures(200, broken=(7, 30)), Pictures(200, broken=(7, 30))):
+        pixels = open_pixels(source, 8, "squares (test)")
+        assert np.flatnonzero(pixels.shapes[:, 0] == 0).tolist() == [7, 30]
+        np.testing.assert_array_equal(pixels[31], shrink(source.image(31), 8))  # the others keep their places
+        out, err = capsys.readouterr()
+        assert out == ""  # which belongs to --json
+        assert "squares (test): 2 of 200 pictures cannot be read, first: squares number 7" in err
+
+
+def test_more_broken_pictures_than_the_limit_are_an_error_and_no_cache_is_left(cache):
+    with pytest.raises(
+        UserError, match=r"squares: 3 of 200 pictures .* first: squares number 7: .*limit of 1%"
+    ):
+        open_pixels(Pictures(200, broken=(7, 30, 199)), 8, "squares")
+    assert list((cache / "pixels").iterdir()) == []
+
+
+class Noise(Source):
+    """Many pictures of several shapes; those in `broken` cannot be read."""
+
+    def __init__(self, count: int, broken: tuple = ()):
+        self.labels, self.broken = np.zeros(count, np.int64), broken
+
+    def image(self, index: int) -> Image.Image:
+        if index in self.broken:
+            raise OSError("truncated")
+        shape = (9 + index % 3, 9 + index % 5, 3)
+        return Image.fromarray(np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8))
+
+    def name_of(self, index: int) -> str:
+        return f"noise {index}"
+
+    def key(self) -> str:
+        return f"noise {len(self)} {self.broken}"
+
+
+def test_processes_write_the_same_bytes_as_one(monkeypatch):
+    source = Noise(700, broken=(300, 699))
+    alone = open_pixels(source, 8, "noise")
+    written = {file.name: file.read_bytes() for file in alone.folder.iterdir()}
+    monkeypatch.setattr("fomo.datasets.cache.PARALLEL", 1)
+    monkeypatch.setattr("fomo.datasets.cache.cores", lambda: 2)
+    os.rename(alone.folder, alone.folder.with_name("elsewhere"))
+    state = torch.get_rng_state()
+    together = open_pixels(source, 8, "noise")
+    assert torch.equal(torch.get_rng_state(), state)  # a run must not depend on whether it built a cache
+    assert {file.name: file.read_bytes() for file in together.folder.iterdir()} == written
+
+
+def test_pictures_decoded_when_drawn_are_those_of_the_cache(capsys):
+    source = Noise(200, broken=(7, 30))
+    cached = open_pixels(source, 8, "noise")
+    source.cache = "never"
+    capsys.readouterr()
+    decoded = open_pixels(source, 8, "noise")
+    assert isinstance(cached, Pixels) and isinstance(decoded, Decoded)
+    for index in range(200):
+        np.testing.assert_array_equal(cached[index], decoded[index])
+    assert decoded[7].size == cached[7].size == 0
+    err = capsys.readouterr().err
+    assert err.count("noise 7: truncated") == err.count("noise 30: truncated") == 1
+    np.testing.assert_array_equal(decoded.shapes, cached.shapes)
+    assert not (cached.folder.parent.parent / "shapes" / cached.folder.name / "pixels.bin").exists()
+
+
+def test_too_many_broken_pictures_are_an_error_without_a_cache_too():
+    source = Noise(1000, broken=tuple(range(0, 1000, 20)))
+    source.cache = "never"
+    pixels = open_pixels(source, 8, "noise")
+    with pytest.raises(UserError, match=r"noise: \d+ pictures cannot be read .*limit of 1%"):
+        for index in range(1000):
+            assert pixels[index] is not None
+    with pytest.raises(UserError, match="limit of 1%"):
+        assert pixels.shapes is not None
+
+
+def test_auto_caches_up_to_its_limit_and_always_beyond(cache, monkeypatch, capsys):
+    monkeypatch.setattr("fomo.datasets.cache.AUTO_LIMIT", 8 * 8 * 3 * 100)
+    assert isinstance(open_pixels(Pictures(50), 8, "small"), Pixels)
+    assert isinstance(open_pixels(Pictures(60, "others"), 8, "others"), Decoded)
+    assert "others: with its 0.0 GB the pixel caches would pass" in capsys.readouterr().err
+    source = Pictures(60, "others")
+    source.cache = "always"
+    assert isinstance(open_pixels(source, 8, "others"), Pixels)
+    assert isinstance(open_pixels(Pictures(60, "others"), 8, "others"), Pixels)  # what is there is used
+
+
+@pytest.mark.parametrize("name", ["pixels.bin", "shapes.bin", "meta.json"])
+@pytest.mark.parametrize("damage", ["altered", "cut", "gone"])
+def test_an_altered_cache_is_noticed_and_made_again(name, damage, capsys):
+    pixels = open_pixels(Pictures(5), 8, "squares")
+    file, expected = pixels.folder / name, pixels[3].copy()
+    whole = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(whole[:-1] if damage == "cut" else bytes([whole[0] ^ 1]) + whole[1:])
+    capsys.readouterr()
+    again = open_pixels(Pictures(5), 8, "squares")
+    assert "squares: its cache" in (err := capsys.readouterr().err) and "altered" in err
+    np.testing.assert_array_equal(again[3], expected)
+    assert file.read_bytes() == whole
+
+
+def test_large_caches_are_compared_whole_only_when_asked(monkeypatch):
+    pixels = open_pixels(Noise(300), 8, "noise")
+    monkeypatch.setattr("fomo.datasets.cache.WHOLE", 0)
+    file = pixels.folder / "pixels.bin"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert opened(pixels.folder) is not None
+    assert opened(pixels.folder, whole=True) is None
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_mistake(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FOMO_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"file: the cache cannot be written: .*; set FOMO_CACHE"):
+        open_pixels(Pictures(5), 8, "squares")
+
+
+def test_two_builders_of_one_cache_take_turns(cache):
+    """Two threads here; the lock is on an open file, so it keeps processes apart as well."""
+    sources = [Pictures(400), Pictures(400)]
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda source: open_pixels(source, 8, "squares"), sources))
+    assert sorted(len(source.read) for source in sources) == [0, 400]
+    assert made[0].folder == made[1].folder and list((cache / "pixels").iterdir()) == [made[0].folder]

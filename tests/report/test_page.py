@@ -1,0 +1,450 @@
+"""The report shows the numbers of the run folders, whatever state and names those have. No torch, seconds.
+
+python -m pytest tests/test_report.py
+"""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import combinations
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import yaml
+
+from fomo import atomic as files
+from fomo.errors import UserError
+from fomo.report import figures
+from fomo.report import page as report
+from fomo.report.page import write_report
+from fomo.report.run_records import Group, group_runs, read_run
+from fomo.report.tables import table
+from fomo.schedules import Schedule, learning_rate
+
+ROLES = {"letters": "adaptation", "flags": "adaptation", "noisy": "evaluation", "gray": "evaluation"}
+PNG = b"\x89PNG"
+
+
+def scores(datasets: dict[str, float], roles: dict[str, str]) -> dict:
+    means = {}
+    for key, role in (("ka", "adaptation"), ("zs", "evaluation")):
+        own = [datasets[name] for name in roles if roles[name] == role]
+        means[key] = float(np.mean(own)) if own else None
+    both = None not in means.values()
+    return {**means, "gm": float(np.sqrt(means["ka"] * means["zs"])) if both else None, "datasets": datasets}
+
+
+def make_run(
+    folder: Path, *, seed=0, name="merge", updates=3, reached=None, roles=ROLES, full=False, new=False
+) -> Path:
+    """A run folder as `update` writes it, with scores that rise and fall by a few random points.
+
+    `new`: with what runs did not write at first: budgets, the stream, transfer, further measures.
+    """
+    folder.mkdir(parents=True)
+    recipe = {
+        "scale": "tiny",
+        "seed": seed,
+        "stream": {"updates": updates},
+        "method": {"name": name},
+        "schedule": {"name": "cosine", "meta": "none", "warmup": 0.1},
+        "optimizer": {"lr": 1e-3},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rng = np.random.default_rng([seed, *name.encode()])
+    lines, steps = [], []
+    for update in range((updates if reached is None else reached) + 1):
+        slope = {"adaptation": 8, "evaluation": -2}
+        values = {n: 40 + update * slope[role] + float(rng.normal()) for n, role in roles.items()}
+        line = {"update": update, **scores(values, roles), "steps": 50 * update, "peak_memory": 3 * 2**29}
+        line["stderr"] = {n: 1 + i + update / 10 for i, n in enumerate(roles)}
+        if update == 0:
+            line["roles"] = roles
+        if full and update in (0, updates):
+            line["full"] = scores({n: v + 1 for n, v in values.items()}, roles)
+        lines.append({**line, **(new_keys(update, updates, roles) if new else {})})
+        if update:
+            steps += [{"update": update, "step": s, "loss": 2 / (s + 1)} for s in range(9, 50, 10)]
+    write_lines(folder, lines)
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    return folder
+
+
+def new_keys(update: int, updates: int, roles: dict[str, str]) -> dict:
+    first, last = update == 0, update == updates
+    moved = {"forward": None if last else 1.5 * update, "backward": 1 - update, "forgetting": 0.5 * update}
+    classes = {"top5": 90.0 + update, "class_recall": 40.25 + update}
+    found = {"recall@1": 10.0 + update, "recall@5": 30.0 + update, "recall@10": 50.0 + update}
+    line = {
+        "concept_means": {"ka": 41.5 + 5 * update, "zs": 38.5 - update},
+        "transfer": None if first else moved,
+        "drift": 1 - 0.0125 * update,
+        "details": {name: found if name == "photos" else classes for name in roles},
+        "gflops": 1000.0 * update,
+        "mafs": 800.0 * update,
+        "samples": 3200 * update,
+        "seconds": 61.25 * update,
+    }
+    if first:
+        line["allowed"] = {"steps": 50, "mafs": 820.0, "seconds": None}
+        taught = [name for name in roles if roles[name] == "adaptation"]
+        line["stream"] = [{n: 3 + (t + i) % 4 for i, n in enumerate(taught)} for t in range(updates)]
+    return line
+
+
+def write_lines(folder: Path, lines: list[dict]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Page(HTMLParser):
+    """Tags, attributes, and the text of the tables' rows and of the headline numbers."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.attributes, self.rows, self.bold, self.inside = set(), [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+        self.inside = tag
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+    def handle_data(self, data):
+        if self.inside in ("td", "th"):
+            self.rows[-1].append(data)
+        if self.inside == "b":
+            self.bold.append(data)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run with its report."""
+    run = make_run(tmp_path_factory.mktemp("runs") / "run")
+    assert write_report([run]) == run / "report.html"
+    return run
+
+
+def groups_of(*folders: Path) -> list[Group]:
+    return group_runs([read_run(folder) for folder in folders])
+
+
+def curves_of(*folders: Path) -> list[figures.Curve]:
+    return report.compare(groups_of(*folders))[0].what
+
+
+def figure_of(draw, curves: list[figures.Curve]):
+    with matplotlib.rc_context(figures.STYLE):
+        figure = draw(curves)
+        figure.draw_without_rendering()
+    return figure
+
+
+def test_the_tables_hold_the_numbers_of_the_metrics(finished):
+    rows = Page((finished / "report.html").read_text()).rows
+    lines = metrics(finished)
+    assert rows[0] == ["update", "KA", "ZS", "GM"] and rows[5] == ["update", "steps", "peak GiB"]
+    for row, costs, line in zip(rows[1:5], rows[6:10], lines, strict=True):
+        assert row == [str(line["update"]), *(f"{line[key]:.1f}" for key in ("ka", "zs", "gm"))]
+        assert costs == [str(line["update"]), str(line["steps"]), "1.50"]
+    changes = []
+    for name, role, *numbers in rows[11:]:
+        first, last = lines[0]["datasets"][name], lines[-1]["datasets"][name]
+        expected = [f"{first:.1f}", f"{last:.1f}", f"{lines[-1]['stderr'][name]:.1f}", f"{last - first:+.1f}"]
+        assert role == ROLES[name] and numbers == expected
+        changes.append(last - first)
+    assert len(changes) == 4 and changes == sorted(changes, reverse=True)
+
+
+def test_columns_appear_with_the_numbers_they_need(tmp_path):
+    run = make_run(tmp_path / "run")
+    lines = metrics(run)
+    for line in lines:
+        del line["stderr"], line["peak_memory"]
+        line.update(gflops=1234.5 * line["update"], mafs=2469 * line["update"])
+    write_lines(run, lines)
+    (group,) = groups_of(run)
+    first, *rows = Page(table(report.costs_table(group))).rows
+    assert first == ["update", "steps", "GFLOPs", "MAFs"]
+    assert rows[2][-2:] == ["2,469", "4,938"]
+    assert Page(table(report.datasets_table(group))).rows[0] == [
+        "dataset",
+        "role",
+        "before",
+        "after",
+        "change",
+    ]
+
+
+def headline_of(folder: Path) -> str:
+    return report.headline(*groups_of(folder))
+
+
+def test_headline_numbers_come_from_the_whole_test_sets_where_both_ends_have_them(tmp_path):
+    run = make_run(tmp_path / "run", full=True)
+    text = headline_of(run)
+    first, last = (metrics(run)[i]["full"] for i in (0, -1))
+    assert Page(text).bold == [f"{first[key]:.1f} → {last[key]:.1f}" for key in ("ka", "zs", "gm")]
+    assert "Percent on the whole test sets, after 3 of 3 updates." in text
+
+    unfinished = make_run(tmp_path / "unfinished", full=True, reached=1)  # whole test sets at the start only
+    text = headline_of(unfinished)
+    first, last = metrics(unfinished)
+    assert Page(text).bold[0] == f"{first['ka']:.1f} → {last['ka']:.1f}"
+    assert "the whole test sets" not in text and "after 1 of 3 updates, unfinished" in text
+
+
+def test_a_run_that_has_only_begun_is_reported(tmp_path):
+    run = make_run(tmp_path / "run", reached=0)
+    (run / "train.jsonl").unlink()
+    text = write_report([run]).read_text()
+    assert "after 0 of 3 updates, unfinished" in text and text.count("<svg") == 2
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path):
+    run = make_run(tmp_path / "run")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"update": 4, "ka"')
+    assert list(read_run(run).evaluations) == [0, 1, 2, 3]
+    (run / "metrics.jsonl").write_text('{"update"\n{"update": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 1 is not JSON"):
+        read_run(run)
+
+
+def test_a_recipe_that_is_not_yaml_is_one_clear_line(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text("a: [1\nb: 2")
+    with pytest.raises(UserError, match=r"recipe\.yaml: not valid YAML: [^\n]+$"):
+        read_run(run)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml"])
+def test_a_folder_that_is_no_run_is_one_clear_line(tmp_path, name):
+    run = make_run(tmp_path / "run")
+    (run / name).unlink()
+    with pytest.raises(UserError) as caught:
+        write_report([run])
+    assert str(run / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_runs_that_differ_in_the_seed_are_one_curve_with_its_spread(tmp_path):
+    folders = [make_run(tmp_path / f"merge-tiny-seed{seed}", seed=seed) for seed in range(3)]
+    folders.insert(1, make_run(tmp_path / "finetune", name="finetune"))
+    merge, finetune = groups_of(*folders)
+    assert (merge.label, finetune.label) == ("merge-tiny (3 runs)", "finetune")
+    ka = np.array([[line["ka"] for line in metrics(run)] for run in folders if "merge" in run.name])
+    panel = figure_of(figures.scores_figure, [merge.curve(), finetune.curve()]).axes[0]
+    curves = [line.get_ydata() for line in panel.lines]
+    np.testing.assert_allclose(curves[0], ka.mean(axis=0))
+    band = panel.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.max() == pytest.approx((ka.mean(axis=0) + ka.std(axis=0, ddof=1)).max())
+    twice = [*folders, folders[0]]  # counts once
+    rows = Page(write_report(twice, tmp_path / "new folder" / "both.html").read_text()).rows
+    change = ka[:, 3] - ka[:, 0]
+    expected = [
+        f"{x.mean():{form}} ± {x.std(ddof=1):.1f}" for x, form in ((ka[:, 3], ".1f"), (change, "+.1f"))
+    ]
+    assert rows[1][:3] == ["merge-tiny (3 runs)", *expected] and rows[1][-2:] == ["3 of 3", "subset"]
+    assert rows[2][0] == "finetune" and "±" not in "".join(rows[2])
+    assert (tmp_path / "new folder" / "plane.png").exists()
+
+
+def test_a_mean_ends_where_its_shortest_run_does(tmp_path):
+    folders = [make_run(tmp_path / f"m-{seed}", seed=seed, reached=3 - seed) for seed in range(2)]
+    (group,) = groups_of(*folders)
+    assert group.updates == [0, 1, 2] and group.values("ka").shape == (2, 3)
+
+
+def test_hostile_names_are_shown_and_do_nothing(tmp_path):
+    names = ["<script>alert(1)</script>", "$x^{$", '"a"\n& b', "😀", "</svg></details>", r"$\frac$"]
+    roles = {name: ("adaptation", "evaluation")[i % 2] for i, name in enumerate(names)}
+    run = make_run(tmp_path / "<b>run & <i>", roles=roles, name="</pre><script>")
+    text = write_report([run]).read_text()
+    page = Page(text)
+    assert not page.tags & {"script", "i"} and text.count("</svg>") == 4 and text.count("</details>") == 1
+    cells = {re.sub(r"\s", " ", row[0]) for row in page.rows if row}
+    assert {"$x^{$", "😀"} <= cells and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+def test_the_page_needs_no_network_and_its_ids_are_unique(tmp_path):
+    folders = [make_run(tmp_path / name / "run", name=name, new=True) for name in ("merge", "finetune")]
+    assert [group.label for group in groups_of(*folders)] == ["run #1", "run #2"]
+    page = Page(write_report(folders).read_text())
+    links = [
+        value for key, value in page.attributes if key in ("src", "href", "xlink:href", "data", "action")
+    ]
+    assert links and all(value.startswith(("#", "data:image/png;base64,")) for value in links)
+    assert not page.tags & {"link", "script", "img", "iframe", "object"}
+    ids = [value for key, value in page.attributes if key == "id"]
+    assert len(ids) == len(set(ids))
+
+
+def test_another_process_writes_the_same_bytes_and_needs_no_torch(finished, tmp_path):
+    code = (
+        "import sys; from fomo.report import write_report; write_report(sys.argv[1:2], sys.argv[2]);"
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, finished, tmp_path / "report.html"]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    for name in ("report.html", "plane.png"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    out = tmp_path / "report.html"
+    report.write(out, b"old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "replace", fail)
+    with pytest.raises(UserError, match=r"report\.html: cannot be written \(No space left on device\)"):
+        report.write(out, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"] and out.read_text() == "old"
+
+
+def test_without_evaluation_sets_there_is_knowledge_accumulation_only(tmp_path):
+    (group,) = groups_of(make_run(tmp_path / "run", roles={"photos": "adaptation"}))
+    assert "n/a → n/a" in report.headline(group)
+    assert Page(table(report.updates_table(group))).rows[0] == ["update", "KA"]
+    assert len(figure_of(figures.scores_figure, [group.curve()]).axes) == 1
+    assert "not drawn" in figure_of(figures.plane_figure, [group.curve()]).axes[0].get_title("left")
+
+
+def test_the_plane_is_beside_the_report_and_carries_no_date(finished):
+    assert (finished / "plane.png").read_bytes().startswith(PNG)
+    svg = figures.render(figures.plane_figure, [group.curve() for group in groups_of(finished)]).decode()
+    assert "untouched model" in svg and "http://purl.org" not in svg  # no metadata
+
+
+def test_the_training_figure_has_a_line_for_each_update(finished):
+    (group,), training = groups_of(finished), read_run(finished).training
+    rates, losses = figures.training_figure(figures.Training(group.lifetime(), [training])).axes
+    assert len(losses.lines) == 3
+    x, y = losses.lines[1].get_data()
+    assert x[-1] == 2 and (y == [line["loss"] for line in training if line["update"] == 2]).all()
+    x, y = rates.lines[0].get_data()
+    assert len(x) == 3 * 50 and x[49] == 1 and y.max() == 1e-3  # N = 50, from the last step that was logged
+    assert y[5] == learning_rate(Schedule(), 1e-3, 0, 5, 50)
+
+
+@pytest.mark.parametrize("draw", [figures.plane_figure, figures.scores_figure])
+@pytest.mark.parametrize("joint", [False, True])
+def test_labels_do_not_overlap(tmp_path, draw, joint):
+    names = ["merge", "finetune", "lora", "ewc", "distill", "bitfit"]
+    folders = [make_run(tmp_path / name, name=name) for name in names]
+    folders += [make_run(tmp_path / "joint", updates=1)] if joint else []
+    figure = figure_of(draw, curves_of(*folders))
+    for axes in figure.axes:
+        labels = [text for text in axes.texts if text.get_text()]
+        assert len(labels) >= len(names) + joint
+        boxes = [matplotlib.text.Text.get_window_extent(label).padded(-1) for label in labels]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert not figure.legends
+
+
+@pytest.mark.parametrize("draw", [figures.plane_figure, figures.scores_figure])
+def test_many_curves_have_a_legend_and_all_look_different(tmp_path, draw):
+    figure = figure_of(draw, curves_of(*(make_run(tmp_path / f"r{i}", name=f"r{i}") for i in range(9))))
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"r{i}" for i in range(9)]
+    looks = {(line.get_color(), line.get_marker(), str(line.get_linestyle())) for line in legend.get_lines()}
+    assert len(looks) == 9
+    assert not any("r0" in text.get_text() for axes in figure.axes for text in axes.texts)
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axes.get_tightbbox()) for axes in figure.axes)
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1
+
+
+def test_the_joint_run_is_a_gold_star_with_the_linear_trade_off_to_it(tmp_path):
+    merge, joint = make_run(tmp_path / "merge"), make_run(tmp_path / "joint", updates=1)
+    plane = figure_of(figures.plane_figure, curves_of(merge, joint)).axes[0]
+    start, end = ([line["zs"], line["ka"]] for line in metrics(joint))
+    (star,) = (line for line in plane.lines if line.get_color() == figures.GOLD)
+    assert np.ravel(star.get_data()).tolist() == end and star.get_marker() == "*"
+    ways = [line.get_xydata().tolist() for line in plane.lines if len(line.get_xdata()) > 1]
+    assert [start, end] in ways and len(ways) == 2  # and the way of the merge
+    assert {"joint upper bound", "untouched model"} < {text.get_text() for text in plane.texts}
+    (alone,) = curves_of(joint)
+    assert not alone.joint  # with nothing to bound it is a run like others
+
+
+def test_what_runs_have_come_to_write_is_shown(tmp_path):
+    roles = {**ROLES, "photos": "evaluation"}
+    run = make_run(tmp_path / "run", roles=roles, new=True)
+    out = write_report([run], tmp_path / "out.html")
+    rows = Page(out.read_text()).rows
+    assert ["update", "KA", "ZS", "GM", "KA by concept", "ZS by concept"] in rows
+    assert ["2", "+3.0", "-1.0", "1.0", "0.975"] in rows  # forward, backward, forgetting, drift
+    assert ["0", "n/a", "n/a", "n/a", "1.000"] in rows and ["3", "n/a", "-2.0", "1.5", "0.963"] in rows
+    costs = ["steps", "steps allowed", "samples", "GFLOPs", "MAFs", "MAFs allowed", "seconds", "peak GiB"]
+    assert ["update", *costs] in rows
+    assert ["2", "100", "100", "6,400", "2,000", "1,600", "1,640", "122", "1.50"] in rows
+    measures = ["dataset", "top5", "class recall", "recall@1", "recall@5", "recall@10"]
+    assert any(row[0] == "dataset" and sorted(row) == sorted(measures) for row in rows)
+    assert (
+        "which dataset feeds which update" in out.read_text() and "what each update spent" in out.read_text()
+    )
+
+
+def test_the_budget_is_what_was_spent_since_the_evaluation_before(tmp_path):
+    run = make_run(tmp_path / "run", new=True)
+    lines = metrics(run)
+    del lines[1]  # evaluated after updates 0, 2 and 3
+    write_lines(run, lines)
+    (group,) = groups_of(run)
+    unit, updates, shares = group.spent()
+    assert (unit, updates) == ("MAFs", [2, 3])
+    np.testing.assert_allclose(shares, [100 * 1600 / 1640, 100 * 800 / 820])
+    lines[0]["allowed"].update(mafs=None)
+    write_lines(run, lines)
+    (group,) = groups_of(run)
+    assert group.spent()[0] == "steps" and (group.spent()[2] == 100).all()
+    del lines[0]["allowed"]
+    write_lines(run, lines)
+    assert groups_of(run)[0].spent() is None
+
+
+def test_figures_and_tables_are_files_beside_the_page(tmp_path):
+    folders = [
+        make_run(tmp_path / name / f"run-seed{i}", name=name, seed=i, new=True)
+        for i in (0, 1)
+        for name in "ab"
+    ]
+    write_report(folders, tmp_path / "out" / "both.html")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "out" / "both_files").iterdir()}
+    pictures = ("changes", "training", "stream", "budget")
+    tables = ("updates", "transfer", "costs", "datasets", "measures")
+    expected = {f"{name}.{kind}" for name in ("plane", "scores") for kind in ("png", "svg")} | {"summary.csv"}
+    for group in ("1-run-2-runs-1", "2-run-2-runs-2"):
+        expected |= {f"{group}-{name}.{kind}" for name in pictures for kind in ("png", "svg")}
+        expected |= {f"{group}-{name}.csv" for name in tables}
+    assert set(files) == expected
+    assert all(content.startswith(PNG) for name, content in files.items() if name.endswith("png"))
+    assert all(content.startswith(b"<?xml") for name, content in files.items() if name.endswith("svg"))
+    assert files["plane.png"] == (tmp_path / "out" / "plane.png").read_bytes()
+    rows = list(csv.DictReader(files["1-run-2-runs-1-updates.csv"].decode().splitlines()))
+    ka = np.array([[line["ka"] for line in metrics(run)] for run in folders[::2]])
+    np.testing.assert_allclose([float(row["KA"]) for row in rows], ka.mean(axis=0))
+    np.testing.assert_allclose([float(row["KA sd"]) for row in rows], ka.std(axis=0, ddof=1))
+    assert not (folders[0] / "report_files").exists()
+
+
+def test_the_report_of_one_run_writes_no_more_than_the_page_and_the_plane(tmp_path):
+    run = make_run(tmp_path / "run", new=True)
+    before = set(tmp_path.rglob("*"))
+    write_report([run])
+    assert set(tmp_path.rglob("*")) - before == {run / "report.html", run / "plane.png"}
