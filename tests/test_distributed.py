@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-import fomo.eval.zero_shot
+import fomo.datasets.features
 import fomo.update
 from fomo.datasets import datafile
 from fomo.datasets.features import image_features, text_features
@@ -199,7 +199,7 @@ def features(ranks: Ranks, scale: Path) -> dict:
 
 def test_encoding_is_shared_and_every_rank_has_all_of_it(small_scale, monkeypatch):
     for name in ("IMAGES", "TEXTS"):
-        monkeypatch.setattr(fomo.eval, name, 2)
+        monkeypatch.setattr(fomo.datasets.features, name, 2)
     alone, ranks = features(ALONE, small_scale), together(features, small_scale)
     assert len(alone["images"]) == 7 and sum(alone["ticks"]) == 7 and ranks[0]["ticks"] == [4, 3]
     for name in ("images", "texts", "classes"):

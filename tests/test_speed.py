@@ -1,14 +1,12 @@
 """The comparison with open_clip's loop: both sides see the same work, and the rows say what scripts rely on."""
 
 import json
-import runpy
 from dataclasses import replace
 
 import pytest
 import speed as bench
 import torch
 from click.testing import CliRunner
-from conftest import ROOT
 from PIL import Image
 
 from fomo.clip import new
@@ -109,8 +107,7 @@ def test_the_ratio_is_the_median_of_the_turns_ratios(case):
 def test_the_command_prints_the_rows_that_scripts_rely_on(monkeypatch):
     small = bench.Case("tiny", CONFIG, batch_size=4, steps=1, device="cpu", threads=1, workers=0)
     monkeypatch.setattr(bench, "case_of", lambda model, *_: replace(small, model=model))
-    cli = runpy.run_path(str(ROOT / "fomo.py"))["cli"]
-    result = CliRunner().invoke(cli, ["bench", "--json", "--model", "tiny", "--turns", "1"])
+    result = CliRunner().invoke(bench.main, ["--json", "--model", "tiny", "--turns", "1"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]
     (row,) = [row for row in rows if row["what"] == "train"]

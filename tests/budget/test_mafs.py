@@ -333,7 +333,7 @@ def test_what_was_counted_is_kept(small_scale, tmp_path, monkeypatch):
     def never(training):
         raise AssertionError("counted again")
 
-    monkeypatch.setattr(fomo.budget, "count", never)
+    monkeypatch.setattr(fomo.budget.mafs, "count", never)
     assert work_of(recipe) == work
     other = dataclasses.replace(recipe, method={"name": "lora", "rank": 2})
     with pytest.raises(AssertionError, match="counted again"):

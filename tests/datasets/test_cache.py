@@ -254,7 +254,7 @@ def test_a_build_that_was_killed_is_not_taken_for_whole(cache):
     code = (
         "import os, numpy\n"
         "from PIL import Image\n"
-        "from fomo.datasets.pixels import Source, open_pixels\n"
+        "from fomo.datasets.cache import Source, open_pixels\n"
         "class Killed(Source):\n"
         "    labels = numpy.zeros(5, int)\n"
         "    def image(self, index):\n"

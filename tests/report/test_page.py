@@ -294,7 +294,7 @@ def test_the_page_needs_no_network_and_its_ids_are_unique(tmp_path):
 
 def test_another_process_writes_the_same_bytes_and_needs_no_torch(finished, tmp_path):
     code = (
-        "import sys; from fomo.report import write_report; write_report(sys.argv[1:2], sys.argv[2]);"
+        "import sys; from fomo.report.page import write_report; write_report(sys.argv[1:2], sys.argv[2]);"
         "assert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", code, finished, tmp_path / "report.html"]

@@ -197,7 +197,9 @@ def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path):
     assert str(path) in one_line(Webdataset, str(path))
 
 
-@pytest.mark.parametrize("content", [b"", b"not a tar file at all", gzip.compress(b"0" * 2000, mtime=0), bytes(10240)])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a tar file at all", gzip.compress(b"0" * 2000, mtime=0), bytes(10240)]
+)
 def test_what_is_no_shard_is_refused(tmp_path, content):
     path = tmp_path / "a.tar"
     path.write_bytes(content)

@@ -39,7 +39,7 @@ def test_pictures_have_the_size_asked_for(size):
 
 def test_another_process_draws_the_same_pictures():
     code = (
-        "from tests.datasets.test_world import *\n"
+        "from tests.datasets.sources.test_world import *\n"
         "print([fingerprint(World(d, split='test', per_concept=1, style='mixed')) for d in DOMAINS])"
     )
     environment = {"PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
