@@ -97,7 +97,7 @@ def update(path, out, resume, dry_run, device, workers, **said):
         if dry_run:
             from fomo.budget.dry_run import foresee
 
-            print(ranks.from_first(lambda: foresee(recipe, device)))
+            print(ranks.broadcast_object(lambda: foresee(recipe, device)))
         else:
             from fomo.update import run_recipe
 
@@ -116,7 +116,7 @@ def go_on(run, data, out, device, workers):
     from fomo.update import run_recipe
 
     with joined(device) as ranks:
-        recipe, folder = ranks.from_first(lambda: continue_run(Path(run), data, out))
+        recipe, folder = ranks.broadcast_object(lambda: continue_run(Path(run), data, out))
         print(run_recipe(recipe, folder, resume=True, device=device, workers=workers, ranks=ranks))
 
 

@@ -254,7 +254,7 @@ def turns_of(
     optimizer = Method().optimizer(list(clip.model.parameters()), SETTINGS)
     precision = Precision("auto", device)
     for number in count():
-        batches = Batches(draws, 0, number, WARM + case.steps).rows(ranks.number, ranks.count)
+        batches = Batches(draws, 0, number, WARM + case.steps).rows(ranks.rank, ranks.world_size)
         loader = Timed(batches.loader(workers=case.workers, pin=device.type == "cuda"))
         steps = train(
             clip,

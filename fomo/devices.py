@@ -51,4 +51,4 @@ def peak_memory(device: torch.device) -> int:
 def machine(ranks: Ranks) -> dict:
     """What the last bits of a CPU run depend on."""
     alone = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
-    return {**alone, "ranks": ranks.count} if ranks.several else alone
+    return {**alone, "ranks": ranks.world_size} if ranks.several else alone

@@ -41,18 +41,18 @@ T = TypeVar("T")
 class Ranks:
     """This process among those that train together. Alone, every method gives back what it was given."""
 
-    number: int = 0  # r
-    count: int = 1  # N
+    rank: int = 0  # r
+    world_size: int = 1  # N
 
     @property
     def first(self) -> bool:
-        return self.number == 0
+        return self.rank == 0
 
     @property
     def several(self) -> bool:
-        return self.count > 1
+        return self.world_size > 1
 
-    def highest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Of all ranks; no device is waited for."""
         if not self.several:
             return value
@@ -61,25 +61,25 @@ class Ranks:
             dist.all_reduce(own, dist.ReduceOp.MAX)
         return int(own)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all ranks are here."""
-        self.highest(0)
+        self.all_reduce_max(0)
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast_object(self, make: Callable[[], T]) -> T:
         """What the first rank makes, for all; tensors arrive on the CPU."""
         if not self.several:
             return make()
         if self.first:
             made, file = make(), io.BytesIO()
             torch.save(made, file)
-            self.send(torch.tensor(file.tell()))
-            self.send(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
+            self.broadcast(torch.tensor(file.tell()))
+            self.broadcast(torch.frombuffer(file.getbuffer(), dtype=torch.uint8))
             return made
-        size = self.send(torch.tensor(0))
-        file = io.BytesIO(self.send(torch.empty(int(size), dtype=torch.uint8)).numpy())
+        size = self.broadcast(torch.tensor(0))
+        file = io.BytesIO(self.broadcast(torch.empty(int(size), dtype=torch.uint8)).numpy())
         return torch.load(file, map_location="cpu", weights_only=False)
 
-    def send(self, tensor: Tensor) -> Tensor:
+    def broadcast(self, tensor: Tensor) -> Tensor:
         """From the first to all."""
         with met():
             dist.broadcast(tensor, 0)
@@ -89,27 +89,27 @@ class Ranks:
     def entered(self, manager: AbstractContextManager[T]) -> Iterator[T]:
         """The context of `manager` on the first rank; all get what it yields."""
         with manager if self.first else nullcontext() as value:
-            yield self.from_first(lambda: value)
+            yield self.broadcast_object(lambda: value)
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """The first rank goes before the others: what it leaves on the disk they find there."""
         if not self.first:
-            self.wait()
+            self.barrier()
         yield
         if self.first:
-            self.wait()
+            self.barrier()
 
-    def gather(self, rows: Tensor) -> Tensor:
+    def all_gather(self, rows: Tensor) -> Tensor:
         """(b, ...) of each rank, as many -> (N b, ...), row i of rank r at place i N + r. Has a gradient."""
         return Gather.apply(rows, self) if self.several else rows
 
-    def own(self, rows: Tensor) -> Tensor:
+    def own_rows(self, rows: Tensor) -> Tensor:
         """(N b, ...) -> (b, ...): this rank's rows of what `gather` gave."""
-        return rows[self.number :: self.count]
+        return rows[self.rank :: self.world_size]
 
     @torch.no_grad()
-    def sum_(self, tensors: list[Tensor]) -> None:
+    def all_reduce_(self, tensors: list[Tensor]) -> None:
         """Each tensor becomes its sum over ranks; the small ones travel together, large ones on the CPU without
         the rows that are zero everywhere: a batch has a few hundred words, the vocabulary 49,408."""
         if not self.several:
@@ -146,7 +146,9 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
-        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(ranks.count)]
+        parts = [
+            torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(ranks.world_size)
+        ]
         with met():
             dist.all_gather(parts, rows.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)
@@ -156,7 +158,7 @@ class Gather(torch.autograd.Function):
         total = slopes.clone(memory_format=torch.contiguous_format)
         with met():
             dist.all_reduce(total)
-        return ctx.ranks.own(total), None
+        return ctx.ranks.own_rows(total), None
 
 
 @contextmanager

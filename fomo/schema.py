@@ -7,6 +7,7 @@ PyYAML reads `1e-5` as text; `convert` repairs that.
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import types
 import typing
@@ -34,6 +35,29 @@ def at_least(name: str, value: float, least: float) -> None:
         raise FieldError(name, f"must be at least {least}, got {value}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What numbers a field accepts: Annotated[float, Range(0, 1)]."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False  # `least` itself is not accepted
+
+    def __str__(self) -> str:
+        if self.most < math.inf:
+            return f"a number from {self.least:g} to {self.most:g}"
+        return f"more than {self.least:g}" if self.above else f"at least {self.least:g}"
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and not (self.above and value == self.least)
+
+
+Share = typing.Annotated[float, Range(0, 1)]
+Positive = typing.Annotated[float, Range(0, above=True)]
+NotNegative = typing.Annotated[float, Range(0)]
+Count = typing.Annotated[int, Range(1)]
+
+
 def build(cls, values: dict, where: str = ""):
     """Make a `cls` from a nested dict, checked against the signature of its constructor.
 
@@ -41,7 +65,8 @@ def build(cls, values: dict, where: str = ""):
     """
     if not isinstance(values, dict):
         raise FieldError(where or "recipe", f"expected named fields, got {values!r}")
-    hints, known = typing.get_type_hints(cls.__init__), inspect.signature(cls).parameters
+    hints = typing.get_type_hints(cls.__init__, include_extras=True)
+    known = inspect.signature(cls).parameters
     refuse_unknown(values, known, where)
     for name, parameter in known.items():
         if name not in values and parameter.default is parameter.empty:
@@ -63,17 +88,30 @@ def refuse_unknown(values: dict, known: typing.Iterable[str], where: str) -> Non
 
 
 def convert(value: Any, want: Any, where: str) -> Any:
-    """`value` as type `want`, or a FieldError that says what was found and what is accepted."""
-    options = typing.get_args(want) if isinstance(want, types.UnionType) else (want,)
+    """`value` as type `want`, or a FieldError that says what was found and what is accepted.
+
+    want: a class, a dataclass, list[...], Literal[...], Annotated[..., Range(...)], or a union of such.
+    """
+    union = isinstance(want, types.UnionType) or typing.get_origin(want) is typing.Union
+    options = typing.get_args(want) if union else (want,)
     if value is None and types.NoneType in options:
         return None
-    fits = [option for option in options if (typing.get_origin(option) or option) is type(value)]
+    fits = [option for option in options if plain_type(option) is type(value)]
     want = fits[0] if fits else next(option for option in options if option is not types.NoneType)
+    if typing.get_origin(want) is typing.Annotated:
+        inner, accepted = typing.get_args(want)
+        converted = convert(value, inner, where)
+        if converted not in accepted:
+            raise FieldError(where, f"got {value!r}, accepted: {accepted}")
+        return converted
+    if typing.get_origin(want) is typing.Literal:
+        one_of(where, value, typing.get_args(want))
+        return value
     if dataclasses.is_dataclass(want):
         return build(want, value, where)
     if typing.get_origin(want) is list and isinstance(value, list):
         return [convert(v, typing.get_args(want)[0], f"{where}[{i}]") for i, v in enumerate(value)]
-    kind = typing.get_origin(want) or want
+    kind = plain_type(want)
     if kind in (int, float) and not isinstance(value, bool):
         return number(value, kind, where)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -86,6 +124,14 @@ def convert(value: Any, want: Any, where: str) -> Any:
         }
         raise FieldError(where, f"expected {names.get(kind, kind.__name__)}, got {value!r}")
     return value
+
+
+def plain_type(want: Any) -> Any:
+    """list[int] -> list, Annotated[float, ...] -> float, Literal["a"] -> str."""
+    origin = typing.get_origin(want)
+    if origin is typing.Annotated:
+        return plain_type(typing.get_args(want)[0])
+    return type(typing.get_args(want)[0]) if origin is typing.Literal else origin or want
 
 
 def number(value: Any, kind: type, where: str) -> int | float:

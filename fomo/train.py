@@ -136,7 +136,7 @@ def train(
             loss = backward(model, encoder, method, batch, precision)
         else:
             loss = backward_in_parts(model, encoder, method, batch, precision, accumulate)
-            ranks.sum_([loss, *(p.grad for p in parameters if p.grad is not None)])
+            ranks.all_reduce_([loss, *(p.grad for p in parameters if p.grad is not None)])
         scaler.unscale_(optimizer)
         grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
         scale = scaler.get_scale()  # 1 but in fp16
@@ -182,7 +182,7 @@ def backward_in_parts(
     sizes = [len(part.images) for part in parts]
     rows = zip(*(slope.split(sizes) for slope in slopes[:2]), strict=True)
     for part, size, own, features in zip(parts, sizes, rows, cached, strict=True):
-        share = size / sum(sizes) / batch.ranks.count
+        share = size / sum(sizes) / batch.ranks.world_size
         with precision.autocast():
             if count > 1:
                 features = encoder(model, part.images, part.tokens)
@@ -198,12 +198,12 @@ def slopes_of(parts: list[Features], ranks: Ranks) -> tuple[Tensor, list[Tensor]
     """-> this rank's share of the whole batch's loss, and that loss's slopes by its own rows, scale and bias."""
     images, texts, (scale, *_), (bias, *_) = zip(*parts, strict=True)
     own = torch.cat([torch.cat(images), torch.cat(texts)], 1)  # (B, 2 D): one message
-    pairs = ranks.gather(own.detach())
+    pairs = ranks.all_gather(own.detach())
     whole = [*pairs.chunk(2, 1), scale, *([] if bias is None else [bias])]
     leaves = [tensor.detach().contiguous().requires_grad_() for tensor in whole]
     loss = contrastive_loss(Features(*leaves))
     images, texts, *rest = torch.autograd.grad(loss, leaves)
-    return loss.detach() / ranks.count, [ranks.own(images), ranks.own(texts), *rest]
+    return loss.detach() / ranks.world_size, [ranks.own_rows(images), ranks.own_rows(texts), *rest]
 
 
 class Timed:

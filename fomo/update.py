@@ -118,7 +118,7 @@ class Life:
                     self.evaluate(bar)
             except Interrupted as stop:
                 self.checkpoint()
-                self.ranks.wait()  # else another could tell of the checkpoint before it is there
+                self.ranks.barrier()  # else another could tell of the checkpoint before it is there
                 raise Interrupted(stop.signum, f"saved, go on with --resume: {self.run.folder}") from None
 
     def train_update(self, bar: tqdm) -> None:
@@ -127,7 +127,7 @@ class Life:
         batches = batches_of(self.material, recipe, position.update, position.steps)
         if self.optimizer is None:
             self.begin_update()
-        own = batches.rows(self.ranks.number, self.ranks.count)
+        own = batches.rows(self.ranks.rank, self.ranks.world_size)
         loader = Timed(own.loader(position.step, self.workers, pin=self.device.type == "cuda"))
         fork = recipe.schedule.trunk_steps(position.steps) if recipe.schedule.meta == "infinite" else None
         pending: list[Step] = []
@@ -167,7 +167,9 @@ class Life:
         if self.ranks.first:
             self.method.after_update(self.model, batches)
         if self.ranks.several:
-            model, method = self.ranks.from_first(lambda: (self.model.state_dict(), self.method.state()))
+            model, method = self.ranks.broadcast_object(
+                lambda: (self.model.state_dict(), self.method.state())
+            )
             if not self.ranks.first:
                 self.model.load_state_dict(model)
                 self.method.load_state(method)
@@ -198,7 +200,7 @@ class Life:
         """
         position, count = self.run.position, 1 + TIMED_STEPS
         batches = batches_of(self.material, self.recipe, position.update, count)
-        batches = batches.rows(self.ranks.number, self.ranks.count)
+        batches = batches.rows(self.ranks.rank, self.ranks.world_size)
         self.begin_update()
         seconds = []
         for step in self.steps(batches.loader(workers=self.workers), count):
@@ -206,10 +208,10 @@ class Life:
             seconds.append(time.monotonic())
         each = (seconds[-1] - seconds[0]) / TIMED_STEPS
         self.optimizer = None
-        self.restore(self.ranks.from_first(self.run.latest_checkpoint))
+        self.restore(self.ranks.broadcast_object(self.run.latest_checkpoint))
         position.closing = position.seconds + each * self.work.gflops_per_update / self.work.gflops_per_step
         # A twentieth is left for steps that take longer than these: `late` would cut the cooldown off.
-        position.steps = self.ranks.from_first(lambda: math.floor(0.95 * self.remaining() / each))
+        position.steps = self.ranks.broadcast_object(lambda: math.floor(0.95 * self.remaining() / each))
         if position.steps < 1:
             hours = self.recipe.budget.hours
             least = hours + (each / 0.95 - self.remaining()) / 3600
@@ -229,7 +231,7 @@ class Life:
             return False
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return bool(self.ranks.highest(self.remaining() < 0))
+        return bool(self.ranks.all_reduce_max(self.remaining() < 0))
 
     def log_steps(self, pending: list[Step], loader: "Timed") -> None:
         """Read the losses of the last steps, stop if one is not finite, and write a line of train.jsonl."""
@@ -273,7 +275,7 @@ class Life:
     def score(self) -> tuple[dict, dict]:
         """The lines of metrics.jsonl, but for the costs, and of concepts.jsonl; a run's first say more."""
         run, material, asked = self.run, self.material, self.recipe.evaluation
-        first = self.ranks.from_first(lambda: not run.scored)
+        first = self.ranks.broadcast_object(lambda: not run.scored)
         last = run.position.update == run.position.updates
         scores, whole = self.scorer.score(full=first or last)
         line = {"update": run.position.update, **as_metrics(scores), "drift": self.scorer.drift()}
@@ -339,18 +341,18 @@ def set_temperature(model: nn.Module, temperature: Temperature) -> None:
 def divisible(recipe: Recipe, ranks: Ranks) -> None:
     """Whether every rank can have as many rows of a batch, and parts of them."""
     size, parts = recipe.optimizer.batch_size, recipe.optimizer.accumulate
-    if size % ranks.count:
-        found = f"{size} pairs for {ranks.count} ranks"
-        raise FieldError("optimizer.batch_size", f"{found}, accepted: a multiple of {ranks.count}")
-    if parts * ranks.count > size:
-        found = f"{parts} parts of the {size // ranks.count} pairs of a rank"
+    if size % ranks.world_size:
+        found = f"{size} pairs for {ranks.world_size} ranks"
+        raise FieldError("optimizer.batch_size", f"{found}, accepted: a multiple of {ranks.world_size}")
+    if parts * ranks.world_size > size:
+        found = f"{parts} parts of the {size // ranks.world_size} pairs of a rank"
         raise FieldError("optimizer.accumulate", f"{found}, accepted: at most a part per pair")
 
 
 def material_of(recipe: Recipe, clip: Clip, run: Run) -> Material:
     """The first rank orders the stream and fills the caches, the others find both."""
     material = open_material(recipe, clip, run.life()) if run.ranks.first else None
-    life = run.ranks.from_first(lambda: material.life())
+    life = run.ranks.broadcast_object(lambda: material.life())
     return material or open_material(recipe, clip, life)
 
 
@@ -383,7 +385,7 @@ def run_recipe(
 ) -> str:
     """Run `recipe` in the run folder and write its report; -> a line about what came of it."""
     live_through(recipe, folder, resume=resume, device=device, workers=workers, ranks=ranks)
-    return ranks.from_first(lambda: told(folder))
+    return ranks.broadcast_object(lambda: told(folder))
 
 
 def told(folder: Path) -> str:

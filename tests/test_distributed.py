@@ -80,17 +80,19 @@ def enter(pipe, environment: dict, function: Callable, arguments: tuple) -> None
 
 
 def messages(ranks: Ranks) -> dict:
-    rows = torch.arange(4.0).view(2, 2) + 10 * ranks.number
+    rows = torch.arange(4.0).view(2, 2) + 10 * ranks.rank
     rows.requires_grad_()
-    whole = ranks.gather(rows)
-    (whole.square().sum() / ranks.count).backward()
-    sums = [torch.full((3,), 1.0 + ranks.number), torch.ones(2**19), torch.ones(4, 2).T[:, ::2]]
-    ranks.sum_(sums)
+    whole = ranks.all_gather(rows)
+    (whole.square().sum() / ranks.world_size).backward()
+    sums = [torch.full((3,), 1.0 + ranks.rank), torch.ones(2**19), torch.ones(4, 2).T[:, ::2]]
+    ranks.all_reduce_(sums)
     return {
-        "highest": ranks.highest(ranks.number == 1),
-        "first": ranks.from_first(lambda: {"number": ranks.number, "tensor": torch.ones(2), "path": ROOT}),
+        "highest": ranks.all_reduce_max(ranks.rank == 1),
+        "first": ranks.broadcast_object(
+            lambda: {"number": ranks.rank, "tensor": torch.ones(2), "path": ROOT}
+        ),
         "whole": whole.detach(),
-        "own": ranks.own(whole).equal(rows),
+        "own": ranks.own_rows(whole).equal(rows),
         "slopes": rows.grad.equal(2 * rows.detach()),
         "sums": [s.unique().tolist() for s in sums],
         "rows": rows_of(ranks),
@@ -100,11 +102,11 @@ def messages(ranks: Ranks) -> dict:
 def rows_of(ranks: Ranks) -> Tensor:
     """A large matrix with few rows that are not zero, and other ones on each rank."""
     matrix = torch.zeros(2**13, 64)
-    matrix[ranks.number] = torch.linspace(-1, 0, 64)
-    matrix[5, 3], matrix[6, 63] = 1 + ranks.number, -0.0
-    if ranks.number:
+    matrix[ranks.rank] = torch.linspace(-1, 0, 64)
+    matrix[5, 3], matrix[6, 63] = 1 + ranks.rank, -0.0
+    if ranks.rank:
         matrix[7, 8] = torch.nan
-    ranks.sum_([matrix, torch.zeros(1)])
+    ranks.all_reduce_([matrix, torch.zeros(1)])
     return matrix
 
 
@@ -157,7 +159,7 @@ def test_the_rows_of_all_ranks_are_the_batch(small_scale, count):
 def train_steps(ranks: Ranks, scale: Path, count: int, options: dict) -> dict:
     clip, batches = clip_and_batches(scale, 8, count)
     optimizer = Method().optimizer(list(clip.model.parameters()), Optimizer(lr=1e-3, batch_size=8))
-    done = train(clip, Method(), optimizer, batches.rows(ranks.number, ranks.count).loader(), lambda step: 1e-3,
+    done = train(clip, Method(), optimizer, batches.rows(ranks.rank, ranks.world_size).loader(), lambda step: 1e-3,
                  device=CPU, precision=Precision("float32", CPU), clip_norm=1.0, max_scale=100.0, ranks=ranks,
                  **options)  # fmt: skip
     read = [(step.loss.item(), step.grad_norm.item(), clip.model.logit_scale.item()) for step in done]
@@ -225,7 +227,7 @@ def lived(
 ) -> int:
     """-> the signal that ended it. cut: which rank gets one after how many steps."""
     with pytest.MonkeyPatch.context() as patch:
-        if cut and cut[0] == ranks.number:
+        if cut and cut[0] == ranks.rank:
             stop_after(patch, cut[1], terminate)
         try:
             live_through(recipe, folder, resume=resume, device="cpu", workers=workers, ranks=ranks)

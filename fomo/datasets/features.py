@@ -31,8 +31,8 @@ def image_features(
         return clip.model.encode_image(central_images(clip, pictures, device))
 
     out = []
-    for start in range(0, len(numbers), IMAGES * ranks.count):
-        block = numbers[start : start + IMAGES * ranks.count]
+    for start in range(0, len(numbers), IMAGES * ranks.world_size):
+        block = numbers[start : start + IMAGES * ranks.world_size]
         out.append(shared(block, encode, ranks))
         tick(len(block))
     return torch.cat(out)
@@ -43,9 +43,9 @@ def shared(block: Sequence, encode: Callable[[Sequence], Tensor], ranks: Ranks) 
 
     All encode as many; for a place beyond the end that is the last one again.
     """
-    places = range(ranks.number, len(block) + -len(block) % ranks.count, ranks.count)
+    places = range(ranks.rank, len(block) + -len(block) % ranks.world_size, ranks.world_size)
     own = [block[min(place, len(block) - 1)] for place in places]
-    return ranks.gather(F.normalize(encode(own).float(), dim=-1))[: len(block)]
+    return ranks.all_gather(F.normalize(encode(own).float(), dim=-1))[: len(block)]
 
 
 def central_images(clip: Clip, pictures: list[np.ndarray], device: torch.device) -> Tensor:
@@ -75,8 +75,8 @@ def text_features(clip: Clip, rows: list[np.ndarray], device: torch.device, rank
 
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     out = None
-    for start in range(0, len(rows), TEXTS * ranks.count):
-        block = order[start : start + TEXTS * ranks.count]
+    for start in range(0, len(rows), TEXTS * ranks.world_size):
+        block = order[start : start + TEXTS * ranks.world_size]
         features = shared(block, encode, ranks)
         if out is None:
             out = torch.empty(len(rows), features.shape[1], device=device)

@@ -44,11 +44,11 @@ class Distill(Method):
         return super().prepare(model)
 
     def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
-        every = torch.nonzero(batch.ranks.gather(batch.pools) == PRETRAINING)[:, 0]  # (n,)
+        every = torch.nonzero(batch.ranks.all_gather(batch.pools) == PRETRAINING)[:, 0]  # (n,)
         if not len(every):
             return 0.0
         rows = (*features[:2], *self.targets(batch, features))
-        images, texts, kept_images, kept_texts = (batch.ranks.gather(x)[every] for x in rows)
+        images, texts, kept_images, kept_texts = (batch.ranks.all_gather(x)[every] for x in rows)
         with torch.autocast(images.device.type, enabled=False):  # similarities of ±100 need float32
             kept = self.teacher.logit_scale.exp() * kept_images @ kept_texts.T / self.temperature
             now = features.logit_scale * images @ texts.T / self.temperature  # (n, n)

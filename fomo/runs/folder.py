@@ -68,7 +68,7 @@ class Run:
     ) -> tuple["Run", dict | None]:
         """-> the run and the checkpoint to go on from. Refuses to write over a run; writes nothing yet."""
         run = cls(folder, ranks=ranks)
-        checkpoint = ranks.from_first(lambda: run.taken(recipe, resume))
+        checkpoint = ranks.broadcast_object(lambda: run.taken(recipe, resume))
         if checkpoint:
             run.position = Position(**checkpoint["position"])
         return run, checkpoint
@@ -224,7 +224,7 @@ class Run:
 
     def signalled(self) -> int:
         """The signal to any of the ranks, else 0; all must ask."""
-        return self.ranks.highest(self.signum)
+        return self.ranks.all_reduce_max(self.signum)
 
     def check(self) -> None:
         if signum := self.signalled():
