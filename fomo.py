@@ -26,8 +26,8 @@ class Commands(click.Group):
         except BrokenPipeError:  # `| head` has seen enough: click ends quietly
             raise
         except OSError as error:  # a full disk, a folder that may not be written
-            told = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-            status, message = 1, " ".join(told.split())
+            text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+            status, message = 1, " ".join(text.split())
         except KeyboardInterrupt:  # before the run has anything to save
             status, message = 130, "interrupted"
         except Interrupted as stop:
@@ -36,7 +36,7 @@ class Commands(click.Group):
         ctx.exit(status)
 
 
-def options(*names):
+def shared_options(*names):
     """Several of the shared options at once."""
     shared = {
         "scale": click.option(
@@ -80,44 +80,47 @@ def cli():
 @click.option("--out", metavar="DIR", help="The run folder; by default runs/RECIPE-SCALE-seedN or runs/DATA.")
 @click.option("--resume", is_flag=True, help="Go on where the run folder stands.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
-@options("model", "data", "scale", "set", "seed", "device", "workers")
-def update(path, out, resume, dry_run, device, workers, **said):
+@shared_options("model", "data", "scale", "set", "seed", "device", "workers")
+def update(path, dry_run, device, workers, **options):
     """Take a model through every update of a recipe and evaluate it after each.
 
     --data may be a folder of pictures (class folders, a table, tar shards): one update teaches them all.
     """
-    from fomo.distributed import joined
-    from fomo.runs.lineage import settled
+    from fomo.distributed import process_group
+    from fomo.runs.lineage import start_run
 
     path = path or Path(__file__).parent / "recipes" / "guide.yaml"
-    with (
-        joined(device) as ranks,
-        ranks.entered(settled(path, out, resume, dry_run, **said)) as (recipe, folder),
-    ):
+    with process_group(device) as ranks:
+        recipe, folder = ranks.broadcast_object(lambda: start_run(path, dry_run=dry_run, **options))
         if dry_run:
             from fomo.budget.dry_run import foresee
 
             print(ranks.broadcast_object(lambda: foresee(recipe, device)))
         else:
-            from fomo.update import run_recipe
+            run_and_report(recipe, folder, ranks, resume=options["resume"], device=device, workers=workers)
 
-            print(run_recipe(recipe, folder, resume=resume, device=device, workers=workers, ranks=ranks))
+
+def run_and_report(recipe, folder, ranks, **how):
+    from fomo.report.page import report_run
+    from fomo.update import run_recipe
+
+    run_recipe(recipe, folder, ranks=ranks, **how)
+    print(ranks.broadcast_object(lambda: report_run(folder)))
 
 
 @cli.command("continue")
 @click.argument("run", metavar="RUN")
 @click.option("--data", required=True, metavar="FILE|DIR", help="What the next update teaches.")
 @click.option("--out", metavar="DIR", help="The child's run folder; by default beside RUN, as RUN-updateN.")
-@options("device", "workers")
+@shared_options("device", "workers")
 def go_on(run, data, out, device, workers):
     """The next update of a finished run, as a child run: its buffer is all that earlier updates taught."""
-    from fomo.distributed import joined
+    from fomo.distributed import process_group
     from fomo.runs.lineage import continue_run
-    from fomo.update import run_recipe
 
-    with joined(device) as ranks:
+    with process_group(device) as ranks:
         recipe, folder = ranks.broadcast_object(lambda: continue_run(Path(run), data, out))
-        print(run_recipe(recipe, folder, resume=True, device=device, workers=workers, ranks=ranks))
+        run_and_report(recipe, folder, ranks, resume=True, device=device, workers=workers)
 
 
 @cli.command()
@@ -152,27 +155,27 @@ def diff(run, a, b):
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-@options("model", "data", "scale", "set", "seed", "device")
-def eval(as_json, device, **said):
+@shared_options("model", "data", "scale", "set", "seed", "device")
+def eval(as_json, device, **options):
     """Score a model on every test set of a data file."""
-    from fomo.eval.zero_shot import table
     from fomo.load_recipe import load
     from fomo.update import score_model
 
-    print(table(score_model(load(None, **said), device), as_json))
+    scores = score_model(load(None, **options), device)
+    print(scores.as_json() if as_json else scores.as_text())
 
 
 @cli.command()
 @click.option(
     "-o", "out", metavar="DIR", help="Where to write the model; by default the cache that `update` reads."
 )
-@options("scale", "set", "device")
-def pretrain(out, device, **said):
+@shared_options("scale", "set", "device")
+def pretrain(out, device, **options):
     """Make a scale's base model from random weights; `update` does this by itself when it needs to."""
     from fomo.load_recipe import load
     from fomo.pretrain import pretrain_scale
 
-    print(pretrain_scale(load(None, **said), out, device))
+    print(pretrain_scale(load(None, **options), out, device))
 
 
 @cli.command()
@@ -188,7 +191,7 @@ def pretrain(out, device, **said):
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the rule, as keep=0.5."
 )
 @click.option("--sweep", metavar="KEY=A,B,C", help="Score each value on --data and draw the curve to -o.")
-@options("data", "device")
+@shared_options("data", "device")
 def merge(rule, base, models, out, settings, sweep, data, device):
     """Merge checkpoints, oldest first; a two-model rule takes OLD NEW, and `keep` is the share of OLD."""
     from fomo.merge_files import merge_files, sweep_files
@@ -206,15 +209,15 @@ def merge(rule, base, models, out, settings, sweep, data, device):
 @click.option("--reverse", is_flag=True, help="The exact reversal.")
 @click.option("--plot", metavar="FILE", help="Draw which dataset feeds which update (.png, .svg).")
 @click.option("-o", "out", metavar="FILE.json", help="Write the stream in the official format.")
-@options("data", "model", "scale", "set", "seed", "device")
-def stream(plot, out, device, order, updates, per_dataset, reverse, **said):
+@shared_options("data", "model", "scale", "set", "seed", "device")
+def stream(plot, out, device, order, updates, per_dataset, reverse, **options):
     """Show the stream of a data file: what each update would learn, in which order."""
     from fomo.devices import pick_device
     from fomo.load_recipe import load
     from fomo.pretrain import starting_model
     from fomo.report.previews import preview_stream, stream_section
 
-    recipe = load(None, **said)
+    recipe = load(None, **options)
     how = stream_section(recipe.stream, order, updates, reverse, per_dataset)
     place = pick_device(device, recipe.threads)
     print(
@@ -235,12 +238,12 @@ def stream(plot, out, device, order, updates, per_dataset, reverse, **said):
 )
 @click.option("--measure", "measured", is_flag=True, help="Also measure each peak on this CUDA device.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-@options("scale", "set", "model")
-def budget(methods, updates, memory_table, fisher, measured, as_json, **said):
+@shared_options("scale", "set", "model")
+def budget(methods, updates, memory_table, fisher, measured, as_json, **options):
     """What each method costs in FLOPs and memory, and how many steps a scale's budget buys. Needs no GPU."""
     from fomo.budget.mafs import make_table
 
-    table = make_table(methods, updates, memory_table, fisher, measured, said)
+    table = make_table(methods, updates, memory_table, fisher, measured, options)
     print(table.as_json() if as_json else table.as_text())
 
 
@@ -251,12 +254,12 @@ def budget(methods, updates, memory_table, fisher, measured, as_json, **said):
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Every step as a line update,step,lr.")
 @click.option("--plot", metavar="FILE", help="Draw the whole life (.png, .svg).")
-@options("scale", "set", "seed")
-def schedule(paths, steps, as_csv, plot, **said):
+@shared_options("scale", "set", "seed")
+def schedule(paths, steps, as_csv, plot, **options):
     """Show the learning rate over a life: per update, as CSV, or drawn. Needs no data."""
     from fomo.report.previews import preview_schedule, read_lives
 
-    print(preview_schedule(read_lives(paths, steps, said), as_csv=as_csv, picture=plot))
+    print(preview_schedule(read_lives(paths, steps, options), as_csv=as_csv, picture=plot))
 
 
 @cli.command()
@@ -283,12 +286,12 @@ def report(runs, out):
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Runs side by side; by default one per core, or per GPU."
 )
-@options("scale", "device")
-def reproduce(studies, seeds, scale, **said):
+@shared_options("scale", "device")
+def reproduce(studies, seeds, scale, **options):
     """Run the guide's studies (recipes/studies, all or the named ones) and say which of its claims hold."""
     from fomo.guide.run_studies import reproduce, whole_numbers
 
-    print(reproduce(studies, scale=scale or "tiny", seeds=whole_numbers("--seeds", seeds), **said))
+    print(reproduce(studies, scale=scale or "tiny", seeds=whole_numbers("--seeds", seeds), **options))
 
 
 @cli.group()
@@ -323,13 +326,13 @@ def check_data(path, plot):
 @click.option(
     "--size", type=click.IntRange(min=1), help="Side in pixels; by default the file's or the scale's."
 )
-@options("scale", "set", "model")
-def cache_data(path, size, **said):
+@shared_options("scale", "set", "model")
+def cache_data(path, size, **options):
     """Decode and resize every picture of a data file once, in parallel; `update` would do it on first use."""
     from fomo.datasets.check import fill_caches, side_of
     from fomo.load_recipe import load
 
-    print(fill_caches(path, size or side_of(path, load(None, data=path, **said).model)))
+    print(fill_caches(path, size or side_of(path, load(None, data=path, **options).model)))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from fomo.datasets.mixture import Batches, pool_of  # noqa: E402
 from fomo.datasets.samples import Collection, Samples  # noqa: E402
 from fomo.devices import pick_device  # noqa: E402
 from fomo.methods import Method  # noqa: E402
-from fomo.train import Precision, Timed, on_device, train  # noqa: E402
+from fomo.runs.step_log import Timed  # noqa: E402
+from fomo.train import Precision, on_device, train  # noqa: E402
 
 
 class Sides:

@@ -51,7 +51,8 @@ from fomo.errors import Failure, UserError  # noqa: E402
 from fomo.load_recipe import load  # noqa: E402
 from fomo.methods import Method  # noqa: E402
 from fomo.recipe import Optimizer  # noqa: E402
-from fomo.train import Precision, Timed, train  # noqa: E402
+from fomo.runs.step_log import Timed  # noqa: E402
+from fomo.train import Precision, train  # noqa: E402
 
 MODELS = ("tiny", "ViT-B-32")
 WARM = 1  # steps of a turn before the clock starts

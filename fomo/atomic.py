@@ -1,6 +1,7 @@
 """Files that are complete or absent, whenever the process dies."""
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -14,15 +15,44 @@ from fomo.errors import UserError
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write into; at the end it is flushed and gets its name."""
+def staged(path: Path, give_name: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """A file beside `path` to write into; at the end it is flushed and gets its name, by `give_name` if given."""
     staging = path.with_name(path.name + ".part")
     try:
         with naming(path):
             yield staging
-            settle(staging, path)
+            give_name(staging) if give_name else rename(staging, path)
     finally:
         staging.unlink(missing_ok=True)  # there only if this failed, and a full disk needs the room
+
+
+@contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to fill; at the end it takes the place of what is there."""
+    staging, old = path.with_name(path.name + ".part"), path.with_name(path.name + ".old")
+    recovered(path)
+    for scrap in (staging, old):
+        shutil.rmtree(scrap, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for written in (*staging.rglob("*"), staging):
+            sync(written)
+        if path.exists():
+            path.rename(old)
+        staging.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recovered(path: Path) -> Path:
+    """The place of a staged folder; a process that died between the two renames left its content aside."""
+    aside = path.with_name(path.name + ".old")
+    if aside.exists() and not path.exists():
+        aside.rename(path)
+    return path
 
 
 @contextmanager
@@ -51,14 +81,44 @@ def write_atomically(path: Path, content: bytes) -> None:
         staging.write_bytes(content)
 
 
-def settle(staging: Path, path: Path) -> None:
+def rename(staging: Path, path: Path) -> None:
     """Flush `staging` to the disk and give it its name."""
-    with open(staging, "rb") as file:
-        os.fsync(file.fileno())
+    sync(staging)
     os.replace(staging, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(path.parent)
+
+
+# --- logs: a JSON document per line ---
+
+
+def append_line(path: Path, line: dict) -> None:
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Parse a file of JSON lines; a last line that is still being written is left out."""
+    lines = read_text(path).splitlines()
+    parsed = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is not JSON: {error}") from None
+    return parsed
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected the folder of a run") from None
+
+
+# --- tensors ---
 
 
 def write_tensors(tensors: Mapping, path: Path) -> None:

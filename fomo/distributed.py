@@ -1,10 +1,10 @@
 """Several devices: the processes that `torchrun --nproc_per_node=N fomo.py update ...` starts, ranks 0 to N - 1.
 
 Ranks are parts of a batch. Rank r decodes and encodes the rows r::N of the batch that one process would take; all
-features are gathered, every rank computes the whole batch's loss, takes the slopes of its own rows to the weights
-(train.backward_in_parts), and the gradients are summed. So all ranks hold the same weights at every step, for any
+features are gathered, every rank computes the whole batch's loss, takes the gradients of its own rows to the
+weights (train.backward_in_parts), and these are summed. So all ranks hold the same weights at every step, for any
 N the batches are the same and the losses differ by rounding, and nothing of N is in a checkpoint. Where
-open_clip's ClipLoss(local_loss=True, gather_with_grad=True) sends the features' slopes back, here each rank
+open_clip's ClipLoss(local_loss=True, gather_with_grad=True) sends the features' gradients back, here each rank
 computes them for all rows: B² D multiplications more, and no message.
 
 Gradients are summed after the backward pass, not by DistributedDataParallel: its reducer takes what a module's
@@ -20,7 +20,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -57,7 +57,7 @@ class Ranks:
         if not self.several:
             return value
         own = torch.tensor(int(value))
-        with met():
+        with failure_of_another():
             dist.all_reduce(own, dist.ReduceOp.MAX)
         return int(own)
 
@@ -81,15 +81,9 @@ class Ranks:
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """From the first to all."""
-        with met():
+        with failure_of_another():
             dist.broadcast(tensor, 0)
         return tensor
-
-    @contextmanager
-    def entered(self, manager: AbstractContextManager[T]) -> Iterator[T]:
-        """The context of `manager` on the first rank; all get what it yields."""
-        with manager if self.first else nullcontext() as value:
-            yield self.broadcast_object(lambda: value)
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -116,7 +110,7 @@ class Ranks:
             return
         small = [t for t in tensors if t.numel() < LARGE or not t.is_contiguous()]
         joined = torch.cat([t.flatten() for t in small])
-        with met():
+        with failure_of_another():
             for large in (joined, *(t for t in tensors if t.numel() >= LARGE and t.is_contiguous())):
                 if large.ndim < 2 or large.is_cuda:  # there nothing must be read back to the host
                     dist.all_reduce(large)
@@ -141,7 +135,7 @@ ALONE = Ranks()
 
 
 class Gather(torch.autograd.Function):
-    """Every rank goes on with all rows, so the slopes of a row are the sum of what the ranks make of it."""
+    """Every rank goes on with all rows, so the gradients of a row are the sum of what the ranks make of it."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, ranks: Ranks) -> Tensor:
@@ -149,20 +143,20 @@ class Gather(torch.autograd.Function):
         parts = [
             torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(ranks.world_size)
         ]
-        with met():
+        with failure_of_another():
             dist.all_gather(parts, rows.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)
 
     @staticmethod
-    def backward(ctx, slopes: Tensor) -> tuple[Tensor, None]:
-        total = slopes.clone(memory_format=torch.contiguous_format)
-        with met():
+    def backward(ctx, gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients.clone(memory_format=torch.contiguous_format)
+        with failure_of_another():
             dist.all_reduce(total)
         return ctx.ranks.own_rows(total), None
 
 
 @contextmanager
-def met() -> Iterator[None]:
+def failure_of_another() -> Iterator[None]:
     """Around every message: an error of it means that another rank is gone."""
     try:
         yield
@@ -171,13 +165,13 @@ def met() -> Iterator[None]:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
+def process_group(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started; without it, this process is alone and nothing is set up."""
     count = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
     if count == 1:
         yield ALONE
         return
-    with met():
+    with failure_of_another():
         store, number, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
@@ -187,7 +181,7 @@ def joined(device: str) -> Iterator[Ranks]:
             choose_device(device)
             yield ranks
     except BaseException:
-        if not tells(store):
+        if not fails_first(store):
             sys.stderr = nowhere  # nor a traceback
         raise
     dist.destroy_process_group()
@@ -199,7 +193,7 @@ def silence(nowhere: io.TextIOBase) -> Iterator[None]:
         yield
 
 
-def tells(store: dist.Store) -> bool:
+def fails_first(store: dist.Store) -> bool:
     """Whether this rank is the first that fails."""
     try:
         return store.add("failed", 1) == 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fomo import weights
-from fomo.atomic import OnDisk, settle, write_atomically, write_tensors
+from fomo.atomic import OnDisk, staged, write_atomically, write_tensors
 from fomo.clip import CONFIG_FILE, NOT_TENSORS, Clip, load, save
 from fomo.datasets import datafile
 from fomo.datasets.eval_sets import open_tests
@@ -70,8 +70,8 @@ def merge_files(
     elif out.suffix == ".safetensors":
         write_tensors(result, out)
     else:
-        torch.save(result, out.with_name(out.name + ".part"))
-        settle(out.with_name(out.name + ".part"), out)
+        with staged(out) as staging:
+            torch.save(result, staging)
     return out
 
 
@@ -113,7 +113,7 @@ def sweep_files(
     for value, built in zip(tqdm(values, desc=f"sweeping {key}", leave=False), rules, strict=True):
         clip.model.load_state_dict(dict(weights.merge(built, opened, origin)))
         scores = evaluate(clip, tests, {test.name: test.usable for test in tests}, place)[0]
-        rows.append({key: value, **{name: scores[name] for name in ("ka", "zs", "gm")}})
+        rows.append({key: value, **scores.means})
     write_atomically(out, render(sweep_figure, rows, out.suffix[1:]))
     lines = (("{} {:.4g}".format(*pair) for pair in row.items() if pair[1] is not None) for row in rows)
     return "\n".join("  ".join(line) for line in lines)

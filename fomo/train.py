@@ -1,7 +1,6 @@
 """The training step: forward, loss, backward, clipping, optimizer. Everything that trains runs through `train`."""
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -168,8 +167,8 @@ def backward_in_parts(
 ) -> Tensor:
     """The same gradients with the graph of one part in memory at a time (GradCache, arXiv 2101.06983).
 
-    First all features without a graph, and the loss's slopes by them; then each part once more, whose graph takes
-    its rows of the slopes to the weights. A penalty counts as the mean over parts. Every count-th pair is in the
+    First all features without a graph, and the loss's gradients by them; then each part once more, whose graph
+    takes its rows of them to the weights. A penalty counts as the mean over parts. Every count-th pair is in the
     same part, so that all parts have the mixture. A batch norm sees the parts, not the batch.
 
     Ranks have parts of one batch, too: gradients and loss are this rank's share of it, to be summed over all. A
@@ -178,54 +177,32 @@ def backward_in_parts(
     parts = [Inputs(*(tensor[i::count] for tensor in batch[:3]), batch.ranks) for i in range(count)]
     with torch.set_grad_enabled(count == 1), precision.autocast():
         cached = [encoder(model, part.images, part.tokens) for part in parts]
-    loss, slopes = slopes_of(cached, batch.ranks)
+    loss, gradients = loss_gradients(cached, batch.ranks)
     sizes = [len(part.images) for part in parts]
-    rows = zip(*(slope.split(sizes) for slope in slopes[:2]), strict=True)
-    for part, size, own, features in zip(parts, sizes, rows, cached, strict=True):
+    rows = zip(*(gradient.split(sizes) for gradient in gradients[:2]), strict=True)
+    for part, size, by_rows, features in zip(parts, sizes, rows, cached, strict=True):
         share = size / sum(sizes) / batch.ranks.world_size
         with precision.autocast():
             if count > 1:
                 features = encoder(model, part.images, part.tokens)
             penalty = method.penalty(model, part, features)
-        own = [*own, *(share * slope for slope in slopes[2:])]  # all parts have the scale and the bias
-        linear = sum((value * slope).sum() for value, slope in zip(features, own, strict=False))
+        by_value = [
+            *by_rows,
+            *(share * gradient for gradient in gradients[2:]),
+        ]  # scale and bias are in all parts
+        linear = sum((value * gradient).sum() for value, gradient in zip(features, by_value, strict=False))
         precision.scaler.scale(linear + share * penalty).backward()
         loss = (loss + share * penalty).detach()
     return loss
 
 
-def slopes_of(parts: list[Features], ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
-    """-> this rank's share of the whole batch's loss, and that loss's slopes by its own rows, scale and bias."""
+def loss_gradients(parts: list[Features], ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
+    """-> this rank's share of the batch's loss, and its gradients by the rank's rows, the scale and the bias."""
     images, texts, (scale, *_), (bias, *_) = zip(*parts, strict=True)
-    own = torch.cat([torch.cat(images), torch.cat(texts)], 1)  # (B, 2 D): one message
-    pairs = ranks.all_gather(own.detach())
+    rows = torch.cat([torch.cat(images), torch.cat(texts)], 1)  # (B, 2 D): one message
+    pairs = ranks.all_gather(rows.detach())
     whole = [*pairs.chunk(2, 1), scale, *([] if bias is None else [bias])]
     leaves = [tensor.detach().contiguous().requires_grad_() for tensor in whole]
     loss = contrastive_loss(Features(*leaves))
     images, texts, *rest = torch.autograd.grad(loss, leaves)
     return loss.detach() / ranks.world_size, [ranks.own_rows(images), ranks.own_rows(texts), *rest]
-
-
-class Timed:
-    """Iterates a loader and measures how long its batches are waited for."""
-
-    def __init__(self, loader: Iterable[Batch]):
-        self.loader, self.waited, self.lapped = loader, 0.0, time.monotonic()
-
-    def __iter__(self) -> Iterator[Batch]:
-        iterator = iter(self.loader)
-        while True:
-            asked = time.monotonic()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            self.waited += time.monotonic() - asked
-            yield batch
-
-    def lap(self) -> tuple[float, float]:
-        """-> seconds since the last lap, and seconds waited in it."""
-        now = time.monotonic()
-        lap = max(now - self.lapped, 1e-9), self.waited
-        self.lapped, self.waited = now, 0.0
-        return lap

@@ -1,8 +1,7 @@
-"""What the weights of a life are worth: the scores of a line in metrics.jsonl."""
+"""Scoring during a run: what stands in a line of metrics.jsonl beside the costs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,20 +10,19 @@ from tqdm import tqdm
 
 from fomo.clip import Clip
 from fomo.datasets.features import image_features
-from fomo.datasets.pools import Material
+from fomo.datasets.pools import Pools
 from fomo.datasets.samples import Samples
 from fomo.distributed import ALONE, Ranks
 from fomo.eval.ridge_baseline import trajectory
 from fomo.eval.transfer import Row, row_of, transfer
-from fomo.eval.zero_shot import drift, drift_features, drift_sample, evaluate
-from fomo.report.run_records import read_lines
+from fomo.eval.zero_shot import Scores, drift, drift_features, drift_sample, evaluate
 from fomo.weights import Interpolate, merge
 
 
 @dataclass
 class Scorer:
     clip: Clip
-    material: Material
+    pools: Pools
     device: torch.device
     seed: int
     check: Callable[[], None]  # raises where a signal asks to stop
@@ -32,22 +30,21 @@ class Scorer:
     original: Tensor | None = None  # features (N, D) of the untouched model, for the drift
     rows: list[Row] = field(default_factory=list)  # of all evaluations so far, for the transfer
 
-    def score(self, full: bool = False) -> tuple[dict, dict | None]:
+    def score(self, full: bool = False) -> tuple[Scores, Scores | None]:
         """The scores on the subsets and, if asked for and different, on the whole test sets."""
-        material = self.material
-        pictures = sum(len(test.usable if full else material.subsets[test.name]) for test in material.tests)
+        tests, subsets = self.pools.tests, self.pools.subsets
+        pictures = sum(len(test.usable if full else subsets[test.name]) for test in tests)
         with tqdm(total=pictures, desc="evaluating", unit="img", leave=False) as progress:
 
             def tick(n: int) -> None:
                 progress.update(n)
                 self.check()
 
-            how = {"full": full, "tick": tick, "ranks": self.ranks}
-            return evaluate(self.clip, material.tests, material.subsets, self.device, **how)
+            return evaluate(self.clip, tests, subsets, self.device, full=full, tick=tick, ranks=self.ranks)
 
     def drift(self) -> float | None:
         """How far the image features of the pretraining pool have turned; the first call sets what from."""
-        pool = self.material.pretraining
+        pool = self.pools.pretraining
         sample = drift_sample(pool, self.seed)
         if not len(sample):
             return None
@@ -56,11 +53,11 @@ class Scorer:
             self.original = features
         return drift(self.original, features)
 
-    def transfer(self, newest: dict, log: Path) -> dict[str, float | None]:
-        """After the line `newest` of concepts.jsonl. `log`: what earlier processes wrote there is read once."""
-        stream = [[(concept.dataset, concept.label) for concept in update] for update in self.material.stream]
-        if not self.rows and log.exists():
-            self.rows = [row_of(line, stream) for line in read_lines(log)]
+    def transfer(self, newest: dict, earlier: Callable[[], list[dict]]) -> dict[str, float | None]:
+        """After the line `newest` of concepts.jsonl; `earlier` reads the lines before, once."""
+        stream = [[(concept.dataset, concept.label) for concept in update] for update in self.pools.stream]
+        if not self.rows:
+            self.rows = [row_of(line, stream) for line in earlier()]
         self.rows.append(row_of(newest, stream))
         return transfer(self.rows)
 
@@ -76,19 +73,19 @@ class Scorer:
             for keep in keeps:
                 model.load_state_dict(dict(merge(Interpolate(keep=keep), [old, tuned])))
                 scores, _ = self.score()
-                rows.append({"keep": keep, **{key: scores[key] for key in ("ka", "zs", "gm")}})
+                rows.append({"keep": keep, "ka": scores.ka, "zs": scores.zs, "gm": scores.gm})
         finally:  # an interruption saves the model
             model.load_state_dict(deployed)
         return rows
 
-    def frozen_baseline(self) -> list[float]:
-        """KA of the frozen baseline over the whole stream, of the model as it is now."""
-        material = self.material
-        tests = [t for t in material.tests if t.role == "adaptation" and t.task == "classification"]
-        taught = (material.numbers([concepts]) for concepts in material.stream)
+    def ridge_baseline(self) -> list[float]:
+        """KA of ridge regression on frozen features over the whole stream, of the model as it is now."""
+        pools = self.pools
+        tests = [t for t in pools.tests if t.role == "adaptation" and t.task == "classification"]
+        updates = (pools.by_dataset(pools.numbers([concepts])) for concepts in pools.stream)
         with tqdm(desc="frozen baseline", unit="img", leave=False) as progress:
 
             def features(samples: Samples, numbers: np.ndarray) -> Tensor:
                 return image_features(self.clip, samples, numbers, self.device, progress.update, self.ranks)
 
-            return trajectory(map(material.by_dataset, taught), tests, features) if tests else []
+            return trajectory(updates, tests, features) if tests else []

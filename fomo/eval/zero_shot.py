@@ -44,6 +44,53 @@ class Score:
     by_class: list[float | None] = field(default_factory=list)  # None: no picture; retrieval: one
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Of all test sets. None where there is no set to average."""
+
+    ka: float | None  # mean over the adaptation sets, percent
+    zs: float | None  # mean over the held-out sets
+    gm: float | None  # geometric mean of both
+    concept_means: dict[str, float | None]  # "ka" and "zs" as means over concepts
+    datasets: dict[str, Score]
+
+    @property
+    def means(self) -> dict[str, float | None]:
+        return {"ka": self.ka, "zs": self.zs, "gm": self.gm}
+
+    def as_metrics(self) -> dict:
+        """As a line of metrics.jsonl has them: plain numbers in percent."""
+        by_dataset = {
+            key: {name: getattr(score, field) for name, score in self.datasets.items()}
+            for key, field in (("datasets", "score"), ("stderr", "stderr"), ("details", "details"))
+        }
+        return {**self.means, "concept_means": self.concept_means, **by_dataset}
+
+    def by_class(self) -> dict[str, list[float | None]]:
+        """By dataset, percent of each class, as concepts.jsonl has them; of a retrieval set its score."""
+        return {
+            name: [None if value is None else round(value, 4) for value in score.by_class]
+            for name, score in self.datasets.items()
+        }
+
+    def as_json(self) -> str:
+        shown = ("metric", "score", "n", "stderr", "details")
+        by_dataset = {name: {key: getattr(s, key) for key in shown} for name, s in self.datasets.items()}
+        return json.dumps(
+            {**self.means, "concept_means": self.concept_means, "datasets": by_dataset}, indent=1
+        )
+
+    def as_text(self) -> str:
+        lines = []
+        for name, s in self.datasets.items():
+            more = "".join(f"  {key} {s.details[key]:.2f}" for key in SHOWN if key in s.details)
+            lines.append(f"{name:30} {s.metric:10} {s.score:6.2f} +- {s.stderr:.2f}  n={s.n}{more}")
+        for values, over in ((self.means, ""), (self.concept_means, "  over concepts instead of datasets")):
+            known = [f"{key.upper()} {value:.2f}" for key, value in values.items() if value is not None]
+            lines += ["  ".join(known) + over] if known else []
+        return "\n".join(lines)
+
+
 @torch.no_grad()
 def class_features(
     clip: Clip, prompts: list[list[np.ndarray]], device: torch.device, ranks: Ranks = ALONE
@@ -148,8 +195,8 @@ def evaluate(
     full: bool = False,
     tick: Callable = lambda n: None,
     ranks: Ranks = ALONE,
-) -> tuple[dict, dict | None]:
-    """-> the metrics on the subsets and, if asked for and different, on the whole sets.
+) -> tuple[Scores, Scores | None]:
+    """-> the scores on the subsets and, if asked for and different, on the whole sets.
 
     Several ranks share the encoding, and each has all scores.
     """
@@ -164,34 +211,15 @@ def evaluate(
     return summarise(tests, on_subset), summarise(tests, on_full) if full and different else None
 
 
-def summarise(tests: list[TestSet], scores: dict[str, Score]) -> dict:
-    """KA, ZS, GM and the means over concepts (None where there is no set to average), the scores by dataset."""
-    means, concepts = {}, {}
-    for key, role in (("ka", "adaptation"), ("zs", "evaluation")):
-        chosen = [scores[test.name] for test in tests if test.role == role]
-        means[key] = mean([score.score for score in chosen])
-        concepts[key] = mean([value for score in chosen for value in score.by_class])
-    both = means["ka"] is not None and means["zs"] is not None
-    means["gm"] = math.sqrt(means["ka"] * means["zs"]) if both else None
-    return {**means, "concept_means": concepts, "datasets": scores}
-
-
-def as_metrics(scores: dict) -> dict:
-    """The scores as a line of metrics.jsonl has them: plain numbers in percent."""
-    by_dataset = {
-        "datasets": {name: score.score for name, score in scores["datasets"].items()},
-        "stderr": {name: score.stderr for name, score in scores["datasets"].items()},
-        "details": {name: score.details for name, score in scores["datasets"].items()},
+def summarise(tests: list[TestSet], scores: dict[str, Score]) -> Scores:
+    """The means over datasets and over concepts of each role."""
+    chosen = {
+        role: [scores[t.name] for t in tests if t.role == role] for role in ("adaptation", "evaluation")
     }
-    return {**scores, **by_dataset}
-
-
-def concept_scores(scores: dict) -> dict[str, list[float | None]]:
-    """By dataset, percent of each class, as a line of concepts.jsonl has them; of a retrieval set its score."""
-    return {
-        name: [None if value is None else round(value, 4) for value in score.by_class]
-        for name, score in scores["datasets"].items()
-    }
+    ka, zs = (mean([score.score for score in some]) for some in chosen.values())
+    by_class = [mean([value for score in some for value in score.by_class]) for some in chosen.values()]
+    gm = None if ka is None or zs is None else math.sqrt(ka * zs)
+    return Scores(ka, zs, gm, dict(zip(("ka", "zs"), by_class, strict=True)), scores)
 
 
 def drift_sample(collection: Collection, seed: int, n: int = DRIFT_PICTURES) -> np.ndarray:
@@ -218,22 +246,3 @@ def drift_features(
 def drift(original: Tensor, now: Tensor) -> float:
     """Mean cosine between features (N, D) of the same pictures, then and now: 1 where nothing has moved."""
     return F.cosine_similarity(original.double(), now.double(), dim=-1).mean().item()
-
-
-def table(scores: dict, as_json: bool = False) -> str:
-    """The scores as text for people, or as one JSON document."""
-    rows = {name: vars(score) for name, score in scores["datasets"].items()}
-    means = {key: scores[key] for key in ("ka", "zs", "gm")}
-    concepts = scores["concept_means"]
-    if as_json:
-        kept = ("metric", "score", "n", "stderr", "details")
-        by_dataset = {name: {key: row[key] for key in kept} for name, row in rows.items()}
-        return json.dumps({**means, "concept_means": concepts, "datasets": by_dataset}, indent=1)
-    lines = []
-    for name, r in rows.items():
-        more = "".join(f"  {key} {r['details'][key]:.2f}" for key in SHOWN if key in r["details"])
-        lines.append(f"{name:30} {r['metric']:10} {r['score']:6.2f} +- {r['stderr']:.2f}  n={r['n']}{more}")
-    for values, over in ((means, ""), (concepts, "  over concepts instead of datasets")):
-        shown = [f"{key.upper()} {value:.2f}" for key, value in values.items() if value is not None]
-        lines += ["  ".join(shown) + over] if shown else []
-    return "\n".join(lines)

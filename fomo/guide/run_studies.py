@@ -23,14 +23,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fomo.atomic import write_atomically
+from fomo.atomic import read_lines, write_atomically
 from fomo.errors import Failure, Interrupted, UserError, one_line
 from fomo.guide.studies import Study, find_studies, resolve
 from fomo.guide.verdicts import Outcome, markdown, tally, write_document, write_results
 from fomo.load_recipe import ROOT
 from fomo.recipe import Recipe, dump
 from fomo.report.figures import SCORES
-from fomo.report.run_records import read_lines
 
 # What a run takes where nothing was measured yet; finished runs of the same folder correct it.
 SAMPLES_PER_SECOND = 1000  # `tiny` on a CPU core, ViT-B on a GPU
@@ -158,13 +157,13 @@ def stop(signum: int, frame) -> None:
 def problem_of(recipe: Recipe, folder: Path | None, device: str) -> str | None:
     """Live through a recipe, or without a folder pretrain its base model; -> what went wrong."""
     from fomo.pretrain import pretrain_scale
-    from fomo.update import live_through
+    from fomo.update import run_recipe
 
     try:
         if folder is None:
             pretrain_scale(recipe, None, device)
         else:
-            live_through(recipe, folder, resume=True, device=device)
+            run_recipe(recipe, folder, resume=True, device=device)
     except Interrupted:
         raise
     except Exception as error:  # whatever it is, the other runs go on

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fomo.atomic import write_atomically
+from fomo.atomic import read_lines, write_atomically
 from fomo.errors import UserError
 from fomo.report.figures import (
     SCORES,
@@ -352,3 +352,13 @@ def inline(svg: bytes) -> str:
     """An SVG file without the XML header, which HTML does not have, and without ids that repeat in each figure."""
     text = svg.decode()
     return re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", text[text.index("<svg") :])
+
+
+def report_run(folder: Path) -> str:
+    """Write the report of a run; -> a line about what came of it."""
+    page = write_report([folder])
+    first, *_, last = read_lines(folder / "metrics.jsonl")
+    known = [key for key in ("ka", "zs") if first[key] is not None]
+    changes = ", ".join(f"{key.upper()} {first[key]:.1f} -> {last[key]:.1f}" for key in known)
+    updates = last["update"] - first["update"]
+    return f"{changes} in {updates} update{'s' * (updates != 1)}; report: {page}"

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fomo.atomic import read_lines, read_text
 from fomo.errors import UserError
 from fomo.report.figures import SCORES, Curve
 from fomo.report.tables import deviation
@@ -51,6 +52,9 @@ def read_run(folder: Path) -> Record:
     lines = read_lines(folder / "metrics.jsonl")
     if not lines:
         raise UserError(f"{folder / 'metrics.jsonl'}: empty, the run has not been evaluated yet")
+    constants = folder / "run.json"
+    if constants.exists():
+        lines[0] |= json.loads(constants.read_text())
     training = folder / "train.jsonl"
     return Record(
         name=folder.resolve().name,  # resolved, because the name of "." is empty
@@ -59,26 +63,6 @@ def read_run(folder: Path) -> Record:
         evaluations={line["update"]: line for line in lines},
         training=read_lines(training) if training.exists() else [],
     )
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Parse a file of JSON lines; a last line that is still being written is left out."""
-    lines = read_text(path).splitlines()
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            parsed.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON: {error}") from None
-    return parsed
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected the folder of a run") from None
 
 
 # --- runs that differ only in the seed -------------------------------------------------------------------

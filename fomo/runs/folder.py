@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -22,7 +23,17 @@ from typing import IO
 import torch
 import yaml
 
-from fomo.atomic import OnDisk, naming, settle, staged, write_atomically, write_tensors
+from fomo.atomic import (
+    OnDisk,
+    append_line,
+    read_lines,
+    recovered,
+    rename,
+    staged,
+    staged_folder,
+    write_atomically,
+    write_tensors,
+)
 from fomo.clip import NOT_TENSORS, Clip, save
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import Interrupted, UserError, one_line
@@ -57,10 +68,13 @@ class Position:
 class Run:
     folder: Path
     position: Position = field(default_factory=Position)
-    signum: int = 0
+    signum: int = 0  # of a signal that asks to stop
     lock: IO | None = None  # held as long as it is open
     handlers: dict = field(default_factory=dict)  # of signals, before this run took them over
-    ranks: Ranks = ALONE  # that live through it together; the first alone holds the lock and writes
+    ranks: Ranks = ALONE  # that train together; the first alone holds the lock and writes
+    clock: float = field(
+        default_factory=time.monotonic
+    )  # when `position.seconds` was last brought up to date
 
     @classmethod
     def open(
@@ -68,12 +82,12 @@ class Run:
     ) -> tuple["Run", dict | None]:
         """-> the run and the checkpoint to go on from. Refuses to write over a run; writes nothing yet."""
         run = cls(folder, ranks=ranks)
-        checkpoint = ranks.broadcast_object(lambda: run.taken(recipe, resume))
+        checkpoint = ranks.broadcast_object(lambda: run.lock_folder(recipe, resume))
         if checkpoint:
             run.position = Position(**checkpoint["position"])
         return run, checkpoint
 
-    def taken(self, recipe: Recipe, resume: bool) -> dict | None:
+    def lock_folder(self, recipe: Recipe, resume: bool) -> dict | None:
         """Lock the folder for this process; -> the checkpoint to go on from."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +95,7 @@ class Run:
         except OSError as error:
             raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
         refuse_used(self.folder, resume)
-        self.lock = held(self.folder / "lock")
+        self.lock = lock(self.folder / "lock")
         try:
             if (self.folder / "recipe.yaml").exists():
                 same_recipe(self.folder / "recipe.yaml", recipe)
@@ -100,24 +114,18 @@ class Run:
             (self.folder / "lock").unlink(missing_ok=True)
         self.lock.close()
 
-    def life(self) -> dict | None:
-        """What a run that has begun must find again, see material.Material.life."""
-        path = self.folder / "stream.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except ValueError as error:
-            raise UserError(f"{path}: not the stream of a run: {one_line(error)}") from None
+    def stream(self) -> dict | None:
+        """The stream of a run that has begun and what its sources held, see datasets.pools.Pools.record."""
+        return read_json(self.folder / "stream.json")
 
-    @property
-    def scored(self) -> bool:
-        """Whether it has a line in metrics.jsonl."""
-        return size_of(self.folder / "metrics.jsonl") > 0
-
-    def begin(self, recipe: Recipe, data: dict, life: dict, checkpoint: dict | None) -> None:
-        """Make the folder what the checkpoint says, or a new run."""
+    def begin(
+        self, recipe: Recipe, data: dict, stream: dict, constants: dict, checkpoint: dict | None
+    ) -> None:
+        """Make the folder what the checkpoint says, or a new run. constants: the content of run.json."""
         for signum in (signal.SIGTERM, signal.SIGINT):  # noted, and acted on at the next `check`
-            taken = signal.signal(signum, lambda number, frame: setattr(self, "signum", number))
-            self.handlers[signum] = taken
+            self.handlers[signum] = signal.signal(
+                signum, lambda number, frame: setattr(self, "signum", number)
+            )
         if not self.ranks.first:
             return
         for name in ("state", "weights"):
@@ -126,26 +134,30 @@ class Run:
         if Path(recipe.data) != (self.folder / "data.yaml").resolve():
             text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
             write_atomically(self.folder / "data.yaml", text.encode())
-        write_atomically(self.folder / "stream.json", json.dumps(life, ensure_ascii=False).encode())
+        for name, content in (("stream.json", stream), ("run.json", constants)):
+            write_atomically(self.folder / name, json.dumps(content, ensure_ascii=False).encode())
         lengths = checkpoint["logs"] if checkpoint else {}
         for log in LOGS:
             cut_back(self.folder / log, lengths.get(log, 0))
+
+    def add_seconds(self) -> None:
+        """Bring the run's time up to date."""
+        now = time.monotonic()
+        self.position.seconds += now - self.clock
+        self.clock = now
 
     def save_checkpoint(self, **content) -> None:
         """content: nested dicts of tensors and plain numbers."""
         if not self.ranks.first:
             return
-        logs = {log: size_of(self.folder / log) for log in LOGS}
         state = self.folder / "state"
-        staging = state / "writing.pt"
+        logs = {log: size_of(self.folder / log) for log in LOGS}
         head = {"format": FORMAT, "position": vars(self.position), "logs": logs}
-        try:
-            with naming(staging):
-                with open(staging, "wb") as file:  # given a path, torch does not say why it failed
-                    torch.save({**head, **content}, file)
-                self.name_checkpoint(staging)
-        finally:
-            staging.unlink(missing_ok=True)
+        with (
+            staged(state / "writing.pt", give_name=self.name_checkpoint) as staging,
+            open(staging, "wb") as file,
+        ):
+            torch.save({**head, **content}, file)  # given a path, torch does not say why it failed
         for old in checkpoints(state)[:-KEPT_CHECKPOINTS]:
             old.unlink()
 
@@ -155,11 +167,11 @@ class Run:
         numbers = [int(p.name.split("-")[0]) for p in checkpoints(state)]
         newest = state / f"{max(numbers, default=0) + 1:06d}-{digest}.pt"
         if self.position.step or not self.position.evaluated:
-            settle(staging, newest)
+            rename(staging, newest)
             return
         ended = state / f"update_{self.position.update:03d}-{digest}.pt"
-        settle(staging, ended)
-        same_file(ended, newest)
+        rename(staging, ended)
+        link_or_copy(ended, newest)
         for other in state.glob(f"update_{self.position.update:03d}-*.pt"):  # of an attempt that was killed
             if other != ended:
                 other.unlink()
@@ -176,21 +188,23 @@ class Run:
         return None
 
     def log(self, name: str, line: dict) -> None:
-        if not self.ranks.first:
-            return
+        if self.ranks.first:
+            append_line(self.folder / name, line)
+
+    @property
+    def scored(self) -> bool:
+        """Whether it has a line in metrics.jsonl."""
+        return size_of(self.folder / "metrics.jsonl") > 0
+
+    def lines(self, name: str) -> list[dict]:
+        """What a log holds so far."""
         path = self.folder / name
-        with naming(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        return read_lines(path) if path.exists() else []
 
     @property
     def model(self) -> Path:
-        """The deployed model. A process that died between the two renames of `save_model` left it aside."""
-        place, aside = self.folder / "model", self.folder / "model.old"
-        if aside.exists() and not place.exists():
-            aside.rename(place)
-        return place
+        """The deployed model."""
+        return recovered(self.folder / "model")
 
     def weights_before(self) -> OnDisk:
         """The newest weights that are kept from before this update."""
@@ -210,17 +224,8 @@ class Run:
         self.save_model(clip)
 
     def save_model(self, clip: Clip) -> None:
-        fresh, place, old = self.folder / "model.part", self.model, self.folder / "model.old"
-        for folder in (fresh, old):
-            shutil.rmtree(folder, ignore_errors=True)
-        try:
-            save(clip, fresh)
-            if place.exists():
-                place.rename(old)
-            fresh.rename(place)
-        finally:  # what is left of it if this failed: a full disk needs the room
-            shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        with staged_folder(self.folder / "model") as staging:
+            save(clip, staging)
 
     def signalled(self) -> int:
         """The signal to any of the ranks, else 0; all must ask."""
@@ -241,7 +246,7 @@ def refuse_used(folder: Path, resume: bool) -> None:
         )
 
 
-def held(path: Path) -> IO:
+def lock(path: Path) -> IO:
     """The lock of a run folder. It ends with the process that holds it, however that ends.
 
     Data workers do not inherit it, as they would flock's: those of a killed process live a few seconds longer.
@@ -308,7 +313,7 @@ def read_checkpoint(path: Path) -> dict | None:
     return checkpoint
 
 
-def same_file(path: Path, other: Path) -> None:
+def link_or_copy(path: Path, other: Path) -> None:
     """A second name for a file, without a second copy where the file system can do that."""
     try:
         os.link(path, other)
@@ -336,3 +341,11 @@ def cut_back(path: Path, length: int) -> None:
         raise UserError(f"{path}: {size} bytes, and {length} when its checkpoint was written; restore it")
     if size > length:
         os.truncate(path, length)
+
+
+def read_json(path: Path) -> dict | None:
+    """None if there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except ValueError as error:
+        raise UserError(f"{path}: not a file of a run: {one_line(error)}") from None

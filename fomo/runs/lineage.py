@@ -1,5 +1,6 @@
-"""The life of a model beyond one run: its next update, what it has lived through, and the way back.
+"""The history of a model over several runs: the first update, the next, what was, and the way back.
 
+    start_run      the recipe and the folder of a first run
     continue_run   a child run that goes on from the update which its parent has deployed
     history        every update from the first run on, as text
     roll_back      deploy an earlier update; nothing is deleted
@@ -9,6 +10,7 @@ A child is a run folder like any other. It begins with its parent's state and st
 parent's data and the new data, and parent.yaml says where it comes from. Two children of one update are siblings.
 """
 
+import atexit
 import dataclasses
 import itertools
 import json
@@ -16,14 +18,12 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 from safetensors.torch import load_file
 
-from fomo.atomic import write_atomically
+from fomo.atomic import read_lines, staged_folder, write_atomically
 from fomo.clip import load as load_model
 from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile, Entry
@@ -32,16 +32,16 @@ from fomo.datasets.stream import concepts_of
 from fomo.errors import UserError
 from fomo.load_recipe import load
 from fomo.recipe import Recipe
-from fomo.report.run_records import read_lines
 from fomo.runs.folder import (
     Position,
     Run,
     file_hash,
-    held,
     kept_updates,
+    link_or_copy,
+    lock,
     read_checkpoint,
+    read_json,
     refuse_used,
-    same_file,
     update_of,
 )
 from fomo.schema import read_yaml
@@ -56,7 +56,7 @@ def head_of(folder: Path) -> int:
         raise UserError(f"{folder}: no finished update; expected the folder of a run")
     if (folder / "state/head").exists():
         return json.loads((folder / "state/head").read_text())["update"]
-    updates = len(Run(folder).life()["updates"])
+    updates = len(Run(folder).stream()["updates"])
     done = update_of(kept[-1])
     if done < updates:
         raise UserError(f"{folder}: has finished {done} of {updates} updates; go on with --resume first")
@@ -74,40 +74,63 @@ def state_after(folder: Path, update: int) -> dict:
     return checkpoint
 
 
+# --- the first update ------------------------------------------------------------------------------------
+
+
+def start_run(
+    recipe_path: str | Path, data: str | None, out: str | None, resume: bool, dry_run: bool, **options
+) -> tuple[Recipe, Path]:
+    """The recipe and the run folder of `update`; for a folder of pictures, with a data file inferred into it.
+
+    options: scale, model, seed, overrides, as load_recipe.load takes them. A dry run leaves nothing behind.
+    """
+    if data is None or is_data_file(data):
+        recipe = load(recipe_path, data=data, **options)
+        return recipe, Path(out) if out else default_folder(recipe_path, recipe, data)
+    folder = Path(out) if out else Path("runs") / Path(data).resolve().stem
+    place = folder
+    if dry_run:
+        place = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, place)
+    refuse_used(place, resume)
+    file = place / "data.yaml"
+    if not (resume and file.exists()):  # else it may have been edited
+        as_data_file(data, place)
+    return load(recipe_path, data=str(file), fitted=fitted(file), **options), folder
+
+
+def default_folder(recipe_path: str | Path, recipe: Recipe, data: str | None) -> Path:
+    parts = [Path(recipe_path).stem, Path(recipe.scale).stem, *([Path(data).stem] if data else [])]
+    return Path("runs") / "-".join([*parts, f"seed{recipe.seed}"])
+
+
 # --- the next update -------------------------------------------------------------------------------------
 
 
 def continue_run(parent: Path, data: str, out: str | None) -> tuple[Recipe, Path]:
     """Make the child run that teaches `data` (a data file, or what infer.py takes) in one update.
 
-    -> its recipe and folder, to be lived through with `resume`.
+    -> its recipe and folder, to be run with `resume`.
     """
     update = head_of(parent)
     checkpoint = state_after(parent, update)
     folder = Path(out) if out else child_folder(parent, update + 1)
     if folder.exists():
         raise UserError(f"--out {folder}: exists already")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".part", dir=folder.parent))
-    try:
+    with staged_folder(folder) as staging:
         new = datafile.read(data if is_data_file(data) else as_data_file(data, staging))
         old = datafile.read(parent / "data.yaml")
         names = free_names(new.adaptation, {**old.adaptation, **old.evaluation})
-        write_yaml(staging / "data.yaml", joined(old, new, names))
-        life = Run(parent).life()
+        write_yaml(staging / "data.yaml", both_contents(old, new, names))
+        record = Run(parent).stream()
         fresh = [[names[c.dataset], c.label, names.get(c.name, c.name)] for c in concepts_of(new)[0]]
-        recipe = next_recipe(load(parent / "recipe.yaml"), folder, update + 1, len(life["updates"]))
+        recipe = next_recipe(load(parent / "recipe.yaml"), folder, update + 1, len(record["updates"]))
         write_yaml(staging / "recipe.yaml", dataclasses.asdict(recipe))
-        life["updates"] = [*life["updates"][:update], fresh]
-        (staging / "stream.json").write_text(json.dumps(life, ensure_ascii=False), encoding="utf-8")
-        weights = weights_hash(parent, update)
-        write_yaml(
-            staging / "parent.yaml", {"run": str(parent.resolve()), "update": update, "weights": weights}
-        )
+        record["updates"] = [*record["updates"][:update], fresh]
+        (staging / "stream.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
+        origin = {"run": str(parent.resolve()), "update": update, "weights": weights_hash(parent, update)}
+        write_yaml(staging / "parent.yaml", origin)
         copy_state(parent, staging, checkpoint, update + 1)
-        staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return recipe, folder
 
 
@@ -132,7 +155,7 @@ def free_names(new: dict[str, Entry], taken: dict[str, Entry]) -> dict[str, str]
     return names
 
 
-def joined(old: DataFile, new: DataFile, names: dict[str, str]) -> dict:
+def both_contents(old: DataFile, new: DataFile, names: dict[str, str]) -> dict:
     """The content of a data file with what both teach, keep and replay; new sets under their `names`."""
     older, newer = datafile.content(old), datafile.content(new)
     learnt = older["adaptation"] | {names[name]: spec for name, spec in newer["adaptation"].items()}
@@ -160,7 +183,7 @@ def copy_state(parent: Path, child: Path, checkpoint: dict, updates: int) -> Non
     Run(child, Position(**{**checkpoint["position"], **began})).save_checkpoint(**content)
     shutil.copytree(Run(parent).model, child / "model")
     if (parent / "experts").exists():
-        shutil.copytree(parent / "experts", child / "experts", copy_function=same_file)
+        shutil.copytree(parent / "experts", child / "experts", copy_function=link_or_copy)
 
 
 def write_yaml(path: Path, content: dict) -> None:
@@ -171,7 +194,7 @@ def write_yaml(path: Path, content: dict) -> None:
 
 
 def ancestry(folder: Path) -> list[tuple[Path, int]]:
-    """The runs from the first to this one, each with the update up to which it belongs to this life."""
+    """The runs from the first to this one, each with the update up to which it belongs to this history."""
     runs = [(folder, head_of(folder))]
     while (runs[0][0] / "parent.yaml").exists():
         origin = read_yaml(runs[0][0] / "parent.yaml")
@@ -183,18 +206,18 @@ def ancestry(folder: Path) -> list[tuple[Path, int]]:
 
 
 def history(folder: Path) -> str:
-    """A line per update of the life that this run has deployed, the untouched model first."""
+    """A line per update that led to what this run has deployed, the untouched model first."""
     lines = [
         f"{'update':>6} {'KA':>6} {'ZS':>6} {'steps':>8}  {'weights':16}  run: what it taught (concepts)"
     ]
-    told = -1
+    newest = -1
     for run, last in ancestry(folder):
-        updates = Run(run).life()["updates"]
+        updates = Run(run).stream()["updates"]
         for line in read_lines(run / "metrics.jsonl"):
             number = line["update"]
-            if not told < number <= last:
-                continue  # rolled back; or a child's first, which its parent's line has told
-            told = number
+            if not newest < number <= last:
+                continue  # rolled back; or a child's first, which its parent has a line of
+            newest = number
             sets = Counter(dataset for dataset, _, _ in updates[number - 1]) if number else {}
             taught = ", ".join(f"{name} ({count})" for name, count in sets.items()) or "the untouched model"
             scores = f"{number:6} {percent(line['ka']):>6} {percent(line['zs']):>6} {line['steps']:8,}"
@@ -213,7 +236,7 @@ def weights_hash(folder: Path, update: int) -> str:
 
 def roll_back(folder: Path, update: int) -> str:
     """Deploy an earlier update: `model/` holds it and `continue` starts from it. Nothing is deleted."""
-    with held(folder / "lock"):
+    with lock(folder / "lock"):
         state_after(folder, update)
         weights = folder / f"weights/update_{update:03d}.safetensors"
         if not weights.exists():
@@ -245,12 +268,11 @@ def compare(folder: Path, a: int, b: int) -> str:
 
 
 def concept_scores(folder: Path, update: int) -> dict[tuple[str, str], float]:
-    """(dataset, class name) -> percent, from the run of this life that scored the update last."""
+    """(dataset, class name) -> percent, from the run of this history that scored the update last."""
     for run, last in reversed(ancestry(folder)):
-        lines = read_lines(run / "concepts.jsonl")
-        for line in lines:
+        for line in read_lines(run / "concepts.jsonl"):
             if line["update"] == update and update <= last:
-                classes = lines[0]["classes"]
+                classes = read_json(run / "run.json")["classes"]
                 return {
                     (dataset, name): score
                     for dataset, scores in line["datasets"].items()
@@ -258,27 +280,3 @@ def concept_scores(folder: Path, update: int) -> dict[tuple[str, str], float]:
                     if score is not None
                 }
     raise UserError(f"{folder}: update {update} was not scored")
-
-
-@contextmanager
-def settled(
-    path: str | Path, out: str | None, resume: bool, dry: bool, data: str | None, **said
-) -> Iterator[tuple[Recipe, Path]]:
-    """The recipe and the run folder of an update; for a folder of pictures, with a data file inferred into it."""
-    if data is None or is_data_file(data):
-        recipe = load(path, data=data, **said)
-        yield recipe, Path(out) if out else default_folder(path, recipe, data)
-        return
-    folder = Path(out) if out else Path("runs") / Path(data).resolve().stem
-    with tempfile.TemporaryDirectory() as nowhere:
-        place = Path(nowhere) if dry else folder
-        file = place / "data.yaml"
-        refuse_used(place, resume)
-        if not (resume and file.exists()):  # else it may have been edited
-            as_data_file(data, place)
-        yield load(path, data=str(file), fitted=fitted(file), **said), folder
-
-
-def default_folder(recipe_path: str | Path, recipe: Recipe, data: str | None) -> Path:
-    parts = [Path(recipe_path).stem, Path(recipe.scale).stem, *([Path(data).stem] if data else [])]
-    return Path("runs") / "-".join([*parts, f"seed{recipe.seed}"])
