@@ -9,7 +9,7 @@ export FOMO_TEST_DATA ?= $(realpath ../shared/data)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install update test soak lint reproduce clean
+.PHONY: help install update test bench soak lint reproduce clean
 
 help: ## print this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -21,6 +21,9 @@ update: $(VENV)/installed ## the main job: a tiny CLIP lives through its updates
 
 test: $(VENV)/installed-dev ## the whole test suite
 	$(PY) -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/installed ## training speed beside open_clip's own loop: minutes
+	$(PY) benchmarks/speed.py
 
 soak: $(VENV)/installed-dev ## kill 85 runs at all kinds of instants and compare every bit: 15 minutes
 	$(PY) tests/soak.py

@@ -25,11 +25,11 @@ sys.path.insert(0, str(ROOT))
 
 import fomo.update  # noqa: E402
 from fomo import clip as fomo_clip  # noqa: E402
-from fomo.atomic import read_lines  # noqa: E402
 from fomo.datasets.sources.world import ALL_DOMAINS  # noqa: E402
 from fomo.load_recipe import load  # noqa: E402
 from fomo.report.drawing import label_beside, line_style, new_figure  # noqa: E402
 from fomo.report.figures import write_figure  # noqa: E402
+from fomo.runs.logs import read_lines  # noqa: E402
 from fomo.schema import read_yaml  # noqa: E402
 
 RECIPE = ROOT / "recipes" / "methods" / "ema-merge.yaml"

@@ -1,7 +1,6 @@
 """Files that are complete or absent, whenever the process dies."""
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -86,36 +85,6 @@ def rename(staging: Path, path: Path) -> None:
     sync(staging)
     os.replace(staging, path)
     sync(path.parent)
-
-
-# --- logs: a JSON document per line ---
-
-
-def append_line(path: Path, line: dict) -> None:
-    with naming(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Parse a file of JSON lines; a last line that is still being written is left out."""
-    lines = read_text(path).splitlines()
-    parsed = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            parsed.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not JSON: {error}") from None
-    return parsed
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected the folder of a run") from None
 
 
 # --- tensors ---

@@ -161,6 +161,7 @@ class Temperature:
 @dataclass(frozen=True)
 class Evaluation:
     subset: float = 0.1  # share of each test set scored during the run, at least 300 and 2 per class; 1: all
+    within: int = 0  # so many evaluations of the weights in training within each update, evenly spaced
     every: int = 1  # evaluate after every n-th update (and always after the last)
     keep_weights: int | None = 3  # how many of the latest deployed weights to keep; null: all
     frozen: bool = False  # also score ridge regression on the untouched model's features
@@ -169,6 +170,7 @@ class Evaluation:
     def __post_init__(self):
         if not 0 < self.subset <= 1:
             raise FieldError("evaluation.subset", f"a share in (0, 1], got {self.subset:g}")
+        at_least("evaluation.within", self.within, 0)
         at_least("evaluation.every", self.every, 1)
         for i, keep in enumerate(self.keeps):
             if not 0 <= keep <= 1:

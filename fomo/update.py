@@ -74,6 +74,7 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer | None = None  # lives within one update
         self.trunk: Weights = {}  # of an infinite schedule: what the next update goes on from
         self.tuned: Weights = {}  # by the last update, before any merge, for `evaluation.keeps`
+        self.max_scale = self.bound_of_scale()
         self.scorer = Scorer(clip, self.pools, device, recipe.seed, run.check, self.ranks)
         self.bar = tqdm(disable=True)
 
@@ -89,6 +90,16 @@ class Trainer:
         if recipe.temperature.learn and not any(p is model.logit_scale for p in parameters):
             parameters.append(model.logit_scale.requires_grad_(True))
         return parameters
+
+    def bound_of_scale(self) -> float | None:
+        """What exp(logit_scale) may reach: a model that starts above the bound (SigLIP: 112) keeps its start.
+
+        None where nothing trains it.
+        """
+        bound, scale = self.recipe.temperature.max, self.model.logit_scale
+        if bound is None or not any(p is scale for p in self.parameters):
+            return None
+        return max(bound, scale.exp().item())
 
     def run_updates(self) -> None:
         position, updates = self.run.position, self.run.position.updates
@@ -116,13 +127,15 @@ class Trainer:
             self.begin_update()
         loader = self.loader(batches, position.step)
         log = StepLog(self.run, self.recipe.optimizer.batch_size, self.model.logit_scale)
+        self.evaluate_within()
         for step in self.steps(loader, position.steps, start=position.step):
             position.step = step.number + 1
             position.samples += self.recipe.optimizer.batch_size
             if self.bookkeeping(step, log, loader):
                 break  # a budget in hours ends an update before its last step
         self.end_update(batches)
-        position.update, position.step, position.evaluated = position.update + 1, 0, False
+        position.update, position.evaluated = position.update + 1, False
+        position.step = position.within = 0
 
     def begin_update(self) -> None:
         if self.trunk:
@@ -142,7 +155,7 @@ class Trainer:
             device=self.device,
             precision=self.precision,
             clip_norm=recipe.optimizer.clip_norm,
-            max_scale=recipe.temperature.max,
+            max_scale=self.max_scale,
             start=start,
             accumulate=recipe.optimizer.accumulate,
             compile=recipe.compile,
@@ -189,6 +202,7 @@ class Trainer:
         log.add(step, loader, now=late or bool(signum) or position.step == position.steps)
         if signum:
             raise Interrupted(signum)
+        self.evaluate_within()
         if not (late or log.waiting) and time.monotonic() - log.saved > CHECKPOINT_SECONDS:
             self.save_checkpoint()
             log.saved = time.monotonic()
@@ -228,6 +242,7 @@ class Trainer:
             trunk=self.trunk,
             tuned=self.tuned,
             original=self.scorer.original,
+            max_scale=self.max_scale,
             machine=machine(self.ranks),
         )
 
@@ -240,6 +255,7 @@ class Trainer:
         self.precision.scaler.load_state_dict(checkpoint["scaler"])
         self.trunk, self.tuned = checkpoint["trunk"], checkpoint["tuned"]
         self.scorer.original = checkpoint["original"]
+        self.max_scale = checkpoint.get("max_scale", self.max_scale)
         if checkpoint["optimizer"] is not None:
             self.optimizer = self.method.optimizer(self.parameters, self.recipe.optimizer)
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -271,6 +287,16 @@ class Trainer:
         run.add_seconds()
         position.began = position.seconds
         self.save_checkpoint()
+
+    def evaluate_within(self) -> None:
+        """Score the weights in training where `evaluation.within` asks for it: a line that says its step, too."""
+        position, count = self.run.position, self.recipe.evaluation.within + 1
+        due = sum(position.step * count >= k * position.steps for k in range(1, count))
+        if position.step and due > position.within:
+            scores, _ = self.scorer.score()
+            position.within = due
+            line = {"update": position.update, "step": position.step, **scores.as_metrics()}
+            self.run.log("metrics.jsonl", {**line, **self.budget.spent()})
 
     def score(self) -> tuple[dict, dict]:
         """The lines of metrics.jsonl, but for the costs, and of concepts.jsonl."""

@@ -23,13 +23,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from fomo.atomic import read_lines, write_atomically
+from fomo.atomic import write_atomically
 from fomo.errors import Failure, Interrupted, UserError, one_line
 from fomo.guide.studies import Study, find_studies, resolve
 from fomo.guide.verdicts import Outcome, markdown, tally, write_document, write_results
 from fomo.load_recipe import ROOT
 from fomo.recipe import Recipe, dump
 from fomo.report.figures import SCORES
+from fomo.runs.logs import evaluations
 
 # What a run takes where nothing was measured yet; finished runs of the same folder correct it.
 SAMPLES_PER_SECOND = 1000  # `tiny` on a CPU core, ViT-B on a GPU
@@ -64,8 +65,7 @@ class Job:
 
     def evaluations(self) -> list[dict]:
         """The lines of metrics.jsonl; none if the run has not begun."""
-        path = self.folder / "metrics.jsonl"
-        return read_lines(path) if path.exists() else []
+        return evaluations(self.folder)
 
     @property
     def finished(self) -> bool:

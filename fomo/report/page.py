@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from fomo.atomic import read_lines, write_atomically
+from fomo.atomic import write_atomically
 from fomo.errors import UserError
 from fomo.report.figures import (
     SCORES,
@@ -37,6 +37,7 @@ from fomo.report.figures import (
 )
 from fomo.report.run_records import Group, group_runs, read_run
 from fomo.report.tables import Columns, Values, as_csv, number, table
+from fomo.runs.logs import evaluations
 
 SCORED = "the test samples scored during the run"  # a subset, unless the recipe or small sets say otherwise
 COSTS = {  # name in metrics.jsonl -> (title, unit, format)
@@ -357,7 +358,7 @@ def inline(svg: bytes) -> str:
 def report_run(folder: Path) -> str:
     """Write the report of a run; -> a line about what came of it."""
     page = write_report([folder])
-    first, *_, last = read_lines(folder / "metrics.jsonl")
+    first, *_, last = evaluations(folder)
     known = [key for key in ("ka", "zs") if first[key] is not None]
     changes = ", ".join(f"{key.upper()} {first[key]:.1f} -> {last[key]:.1f}" for key in known)
     updates = last["update"] - first["update"]

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from fomo.atomic import read_lines, read_text
 from fomo.errors import UserError
 from fomo.report.figures import SCORES, Curve
 from fomo.report.tables import deviation
+from fomo.runs.logs import read_lines, read_text
 from fomo.schedules import RateCurve, Schedule
 from fomo.schema import build, read_yaml
 

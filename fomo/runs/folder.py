@@ -23,21 +23,12 @@ from typing import IO
 import torch
 import yaml
 
-from fomo.atomic import (
-    OnDisk,
-    append_line,
-    read_lines,
-    recovered,
-    rename,
-    staged,
-    staged_folder,
-    write_atomically,
-    write_tensors,
-)
+from fomo.atomic import OnDisk, recovered, rename, staged, staged_folder, write_atomically, write_tensors
 from fomo.clip import NOT_TENSORS, Clip, save
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import Interrupted, UserError, one_line
 from fomo.recipe import Recipe, dump
+from fomo.runs.logs import append_line, read_lines
 from fomo.schema import read_yaml
 
 FORMAT = 1  # of a run folder: raised when an older fomo could not go on with it
@@ -53,6 +44,7 @@ class Position:
     update: int = 0  # updates finished
     step: int = 0  # steps done in the next one
     evaluated: bool = False  # whether the weights after `update` have been scored
+    within: int = 0  # evaluations within the next update that have been made
     samples: int = 0
     seconds: float = 0.0
     steps: int = 0  # of each update (N), once planned or timed

@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import load_file
 
-from fomo.atomic import read_lines, staged_folder, write_atomically
+from fomo.atomic import staged_folder, write_atomically
 from fomo.clip import load as load_model
 from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile, Entry
@@ -44,6 +44,7 @@ from fomo.runs.folder import (
     refuse_used,
     update_of,
 )
+from fomo.runs.logs import evaluations, read_lines
 from fomo.schema import read_yaml
 
 SHOWN = 12  # concepts of either kind in a comparison
@@ -213,7 +214,7 @@ def history(folder: Path) -> str:
     newest = -1
     for run, last in ancestry(folder):
         updates = Run(run).stream()["updates"]
-        for line in read_lines(run / "metrics.jsonl"):
+        for line in evaluations(run):
             number = line["update"]
             if not newest < number <= last:
                 continue  # rolled back; or a child's first, which its parent has a line of
