@@ -257,9 +257,9 @@ def budget(methods, updates, memory_table, fisher, measured, as_json, **options)
 @shared_options("scale", "set", "seed")
 def schedule(paths, steps, as_csv, plot, **options):
     """Show the learning rate over a life: per update, as CSV, or drawn. Needs no data."""
-    from fomo.report.previews import preview_schedule, read_lives
+    from fomo.report.previews import preview_schedule, rate_curves
 
-    print(preview_schedule(read_lives(paths, steps, options), as_csv=as_csv, picture=plot))
+    print(preview_schedule(rate_curves(paths, steps, options), as_csv=as_csv, picture=plot))
 
 
 @cli.command()

@@ -32,8 +32,7 @@ import life  # noqa: E402
 from data import MANY, Imagined  # noqa: E402
 
 from fomo.datasets.datafile import SOURCES  # noqa: E402
-from fomo.report.drawing import COLOURS, new_figure  # noqa: E402
-from fomo.report.figures import write_figure  # noqa: E402
+from fomo.report.figures import COLOURS, new_figure, write_figure  # noqa: E402
 from fomo.report.page import write_report  # noqa: E402
 from fomo.runs.logs import read_lines  # noqa: E402
 

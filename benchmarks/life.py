@@ -27,8 +27,7 @@ import fomo.update  # noqa: E402
 from fomo import clip as fomo_clip  # noqa: E402
 from fomo.datasets.sources.world import ALL_DOMAINS  # noqa: E402
 from fomo.load_recipe import load  # noqa: E402
-from fomo.report.drawing import label_beside, line_style, new_figure  # noqa: E402
-from fomo.report.figures import write_figure  # noqa: E402
+from fomo.report.figures import legend_below, line_style, new_figure, write_figure  # noqa: E402
 from fomo.runs.logs import read_lines  # noqa: E402
 from fomo.schema import read_yaml  # noqa: E402
 
@@ -115,18 +114,16 @@ def child(folder: Path, said: dict) -> list[dict]:
 def memory_figure(lives: dict[tuple[int, str], list[dict]]) -> Figure:
     """(T, weights kept) -> its lines of held.jsonl."""
     figure, (memory, folder) = new_figure(height=4.8, rows=2, sharex=True)
-    ends = []
     for index, ((updates, keep), rows) in enumerate(lives.items()):
         style = {"color": line_style(index, 1)["color"], "linewidth": 1, "marker": "o", "markersize": 4}
         x, held, kept = (np.array([row[key] for row in rows[1:]]) for key in ("update", "resident", "folder"))
         memory.plot(x, held / MB, markevery=[-1], **style)
-        folder.plot(x, kept / MB, markevery=[-1], **style)
         if keep != "null":
             place = {"textcoords": "offset points", "ha": "center", "color": style["color"]}
             memory.annotate(f"T = {updates}", (x[-1], held[-1] / MB), (0, 12), **place)
-        if updates == max(lives)[0]:
-            name = "all weights kept" if keep == "null" else f"the last {keep}"
-            ends.append((x[-1], kept[-1] / MB, name, style["color"]))
+        name = "all weights kept" if keep == "null" else f"the last {keep}"
+        longest = updates == max(lives)[0]
+        folder.plot(x, kept / MB, markevery=[-1], label=name if longest else None, **style)
     memory.set_title("resident memory, MB")
     memory.set_ylim(0, 1.15 * memory.get_ylim()[1])
     folder.set_title("run folder, MB")
@@ -135,7 +132,7 @@ def memory_figure(lives: dict[tuple[int, str], list[dict]]) -> Figure:
     folder.minorticks_off()
     folder.xaxis.set_major_formatter("{x:g}")
     folder.yaxis.set_major_formatter("{x:,g}")
-    label_beside(figure, [(folder, ends)])
+    legend_below(folder)
     return figure
 
 

@@ -10,7 +10,6 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +17,14 @@ import numpy as np
 from fomo.atomic import write_atomically
 from fomo.guide.inequalities import JOINT, Decision, Lives, decide, deciding, verdict_of
 from fomo.guide.studies import Claim, Study
+from fomo.report.columns import deviation, number
 from fomo.report.figures import SCORES, Curve, plane_figure
-from fomo.report.page import CSS, PAGE, card, picture
-from fomo.report.tables import deviation, number, table
+from fomo.report.page import Card, html_page, picture
 
 COLUMNS = ("claim", "study", "paper", "verdict", "effect", "low", "high", "n", "seconds")
 FAILED, UNFINISHED, UNTESTED = "failed", "unfinished", "not tested"
 SETTLED = ("holds", "does not hold", "undecided")
 PER_PLANE = 6  # curves that a reader tells apart
-WRAPPED = "td, th { white-space: normal; overflow-wrap: normal; text-align: left; vertical-align: top; }"
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ def write_results(out: Path, outcomes: list[Outcome], scale: str) -> list[Findin
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "claims.csv", text.getvalue().encode())
     write_atomically(out / "claims.md", claims_page(findings, scale).encode())
-    write_atomically(out / "report.html", html_page(outcomes, findings, scale).encode())
+    write_atomically(out / "report.html", results_page(outcomes, findings, scale))
     return findings
 
 
@@ -229,21 +227,15 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [safe[0], rule, *safe[1:]])
 
 
-def html_table(rows: list[list[str]]) -> str:
-    head, *body = rows
-    return table(dict(zip(head, zip(*body, strict=True), strict=True)))
-
-
-def html_page(outcomes: list[Outcome], findings: list[Finding], scale: str) -> str:
+def results_page(outcomes: list[Outcome], findings: list[Finding], scale: str) -> bytes:
     title = f"The guide's claims at scale {Path(scale).stem}"
     note = f"{tally(findings)}. {METHOD.replace('`', '')}"
-    body = [card(title, html_table(claims_rows(findings)), note)] if findings else []
+    cards = [Card(title, note, tables=[claims_rows(findings)])] if findings else []
     note = "Percent at the end of the life, mean ± standard deviation over n seeds."
     for outcome in outcomes:
-        tables = "<br>".join(html_table(rows) for rows in tables_of(outcome))
-        pictures = "".join(f'<div class="card">{drawn}</div>' for drawn in outcome.planes())
-        body.append(card(outcome.study.title, f'<div class="grid">{pictures}</div>{tables}', note))
-    return PAGE.format(css=CSS + WRAPPED, title=escape(title), body="\n".join(body))
+        study = outcome.study.title
+        cards.append(Card(study, note, figures=outcome.planes(), tables=tables_of(outcome)))
+    return html_page(title, [[card] for card in cards], prose=True)
 
 
 def tables_of(outcome: Outcome) -> list[list[list[str]]]:

@@ -2,14 +2,14 @@
 
     render(plane_figure, curves) -> bytes
 
-Curves are told apart by colour, dashes and markers and are labelled where they end, or in a legend where they are
-many; the same numbers give the same bytes. Nothing here knows of run folders.
+Curves are told apart by colour, dashes and markers, which a legend below the figure names; the same numbers give
+the same bytes. Nothing here knows of run folders.
 
 Shapes: U updates after which the model was scored.
 """
 
 import io
-import re
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,25 +25,16 @@ from matplotlib.ticker import MaxNLocator
 
 from fomo.atomic import write_atomically
 from fomo.errors import UserError
-from fomo.report.drawing import (
-    COLOURS,
-    LABELLED,
-    at_least,
-    count_updates,
-    label_beside,
-    label_inside,
-    legend_below,
-    line_style,
-    new_figure,
-    settle,
-    shorten,
-)
 from fomo.schedules import RateCurve
 
 SCORES = {"ka": "knowledge accumulation", "zs": "zero-shot retention", "gm": "geometric mean"}
 ROLES = {"adaptation": "#004488", "evaluation": "#DDAA33"}  # dark and light: they differ in grayscale, too
-GOLD = "#E5AC00"  # of the joint upper bound's star; too light for text
-JOINT = "#7A5C00"  # of its label and line
+# Neighbours differ in lightness, and so in grayscale.
+COLOURS = ["#004488", "#D1550B", "#117755", "#BB4499", "#6B5700", "#2A88C0", "#7A0C1E", "#777777"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "p", "<"]  # of another length than COLOURS: pairs do not repeat
+DASHES = ["-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5))]
+GOLD = "#E5AC00"  # of the joint upper bound
+WIDTH = 4.6  # inches, about a phone's width, so that 10 pt text is still readable there
 MISSING_GLYPH = "Glyph .* missing from font"  # emoji are boxes in a PNG, but ordinary text in an SVG
 STYLE = {
     "figure.facecolor": "white",  # an explicit card: the page behind it may be dark
@@ -80,7 +71,7 @@ class Curve:
 class Training:
     """How the runs of one recipe were trained."""
 
-    life: RateCurve
+    rates: RateCurve
     runs: list[list[dict]]  # lines of train.jsonl
 
 
@@ -88,27 +79,13 @@ class Training:
 
 
 def render(draw: Callable[[Any], Figure], what: Any, kind: str = "svg", salt: str = "") -> bytes:
-    """The file of the figure `draw(what)`; the ids in SVGs with different salts differ."""
-    return save(drawn(draw, what), kind, draw.__name__ + salt)
-
-
-def drawn(draw: Callable[[Any], Figure], what: Any) -> Figure:
-    """A figure in our style with its layout settled, so that it can be saved more than once for little."""
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=MISSING_GLYPH)
-        figure = draw(what)
-        settle(figure)
-        figure.set_layout_engine("none")
-    return figure
-
-
-def save(figure: Figure, kind: str, salt: str) -> bytes:
-    """A drawn figure as a PNG or SVG file without its date."""
+    """The undated file of the figure `draw(what)`; the ids in SVGs with different salts differ."""
     undated = dict.fromkeys(["Date", "Creator", "Format", "Type"] if kind == "svg" else ["Software"])
     buffer = io.BytesIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}), warnings.catch_warnings():
+    style = {**STYLE, "svg.hashsalt": draw.__name__ + salt}
+    with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=MISSING_GLYPH)
-        figure.savefig(buffer, format=kind, dpi=200, metadata=undated)
+        draw(what).savefig(buffer, format=kind, dpi=200, metadata=undated)
     return buffer.getvalue()
 
 
@@ -120,6 +97,53 @@ def write_figure(path: Path, draw: Callable[[Any], Figure], what: Any) -> None:
     write_atomically(path, render(draw, what, path.suffix[1:]))
 
 
+# --- what the figures share ------------------------------------------------------------------------------
+
+
+def new_figure(height: float, rows: int = 1, *, width: float = WIDTH, **kwargs) -> tuple[Figure, np.ndarray]:
+    """A figure outside of pyplot's global state, and its axes, one above the other."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, squeeze=False, **kwargs)[:, 0]
+
+
+def line_style(index: int, points: int) -> dict:
+    """How one of several curves looks; small markers where a hundred updates crowd."""
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": 3.5 if points <= 30 else 1.5,
+    }
+
+
+def shorten(text: str, length: int = 28) -> str:
+    """One line of at most `length` characters; the middle goes, since names often differ at the end."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - length // 3 - 1]}…{text[-(length // 3) :]}"
+
+
+def count_updates(axes: Axes, title: str = "update (0: the untouched model)") -> None:
+    axes.set_xlabel(title)
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))  # room for three digits
+
+
+def at_least(axes: Axes, point: np.ndarray, span: np.ndarray | float) -> None:
+    """Let the axes span some points around the point (x, y): noise shall not fill the figure."""
+    axes.update_datalim([point - span / 2, point + span / 2])
+    axes.autoscale_view()
+
+
+def legend_below(axes: Axes, columns: int = 2) -> None:
+    """A legend under the figure, which grows by as much; a single curve needs none."""
+    figure, (handles, names) = axes.figure, axes.get_legend_handles_labels()
+    if len(names) < 2:
+        return
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.1 + 0.19 * math.ceil(len(names) / columns))
+    style = {"frameon": False, "fontsize": 9, "handlelength": 3.2, "columnspacing": 1.2, "labelspacing": 0.3}
+    figure.legend(handles, names, loc="outside lower left", ncols=columns, **style)
+
+
 # --- scores ----------------------------------------------------------------------------------------------
 
 
@@ -128,107 +152,78 @@ def plane_figure(curves: list[Curve]) -> Figure:
 
     The joint upper bound is a gold star; a dotted line to it is the linear trade-off of KA and ZS.
     """
-    figure, (axes,) = new_figure(height=4.4)
+    figure, (axes,) = new_figure(height=4.0)
     axes.set(xlabel="zero-shot retention (ZS), %", ylabel="knowledge accumulation (KA), %")
     axes.margins(0.1)
-    labels, stars, obstacles, ways = [], {}, [], ways_of(curves)
-    for curve in curves:
+    starts = []
+    for index, curve in enumerate(curves):
         points = np.stack([curve.mean["zs"], curve.mean["ka"]], axis=1)  # (U, 2)
         if not np.isfinite(points).all():
-            axes.set_title(f"{shorten(curve.label, 30)}: no KA or no ZS, not drawn")
+            axes.set_title(f"{shorten(curve.label)}: no KA or no ZS, not drawn")
             continue
-        stars[tuple(points[0].round(1))] = points[0]  # curves with the same start share the star
+        starts.append(points[0])
         if curve.joint:
-            labels.append(draw_joint(axes, curve, points))
-            points = points[[0, -1]]
+            draw_joint(axes, curve, points)
         else:
-            colour = draw_way(axes, curve, points, line_style(ways[curve.label], len(points)))
-            if len(ways) <= LABELLED and len(points) > 1:
-                labels.append((*points[-1], shorten(curve.label, 30), colour))
-        obstacles += [points, *error_bars(curve, points[-1])]
+            draw_way(axes, curve, points, line_style(index, len(points)))
         at_least(axes, points[-1], span=2)
-    for star in stars.values():
-        axes.plot(*star, marker="*", markersize=14, color="black", markeredgecolor="white", zorder=5)
-    labels += [(*star, "untouched model", "black") for star in list(stars.values())[:1]]
-    if len(ways) > LABELLED:
-        legend_below(axes)
-    label_inside(axes, labels, obstacles)
+    if starts:
+        star = {"marker": "*", "markersize": 14, "color": "black", "markeredgecolor": "white"}
+        axes.plot(*np.transpose(starts), linestyle="none", label="untouched model", zorder=5, **star)
+    legend_below(axes)
     return figure
 
 
-def ways_of(curves: list[Curve]) -> dict[str, int]:
-    """Label -> index, which decides the colour, of the curves that are drawn update by update."""
-    return {label: i for i, label in enumerate(curve.label for curve in curves if not curve.joint)}
-
-
-def draw_way(axes: Axes, curve: Curve, points: np.ndarray, style: dict) -> str:
-    """A run's way over the plane, (U, 2), with its spread at the end; -> its colour."""
-    axes.plot(*points.T, label=shorten(curve.label, 28), **style)
+def draw_way(axes: Axes, curve: Curve, points: np.ndarray, style: dict) -> None:
+    """A run's way over the plane, (U, 2), with its spread at the end."""
+    axes.plot(*points.T, label=shorten(curve.label), **style)
     if len(points) > 1:
         spread = curve.spread["ka"][-1], curve.spread["zs"][-1]
         axes.errorbar(*points[-1], *spread, ecolor=style["color"], fmt="none")
         axes.plot(*points[-1], **{**style, "markersize": 8, "markeredgecolor": "white", "zorder": 4})
-    return style["color"]
 
 
-def error_bars(curve: Curve, end: np.ndarray) -> list[np.ndarray]:
-    """Both of them as lines (2, 2) around the end (zs, ka)."""
-    spread = np.diag([curve.spread["zs"][-1], curve.spread["ka"][-1]])
-    return [np.stack([end - half, end + half]) for half in spread]
-
-
-def draw_joint(axes: Axes, curve: Curve, points: np.ndarray) -> tuple:
-    """The gold star and the line to it; -> its label."""
+def draw_joint(axes: Axes, curve: Curve, points: np.ndarray) -> None:
+    """The gold star and the line to it."""
     axes.plot(*points[[0, -1]].T, color="#555555", linestyle=(0, (1, 2.5)), linewidth=1.2, zorder=1)
-    axes.errorbar(*points[-1], curve.spread["ka"][-1], curve.spread["zs"][-1], ecolor=JOINT, fmt="none")
-    axes.plot(*points[-1], marker="*", markersize=15, color=GOLD, markeredgecolor="black", zorder=5)
-    return (*points[-1], "joint upper bound", JOINT)
+    axes.errorbar(*points[-1], curve.spread["ka"][-1], curve.spread["zs"][-1], ecolor=GOLD, fmt="none")
+    star = {"marker": "*", "markersize": 15, "color": GOLD, "markeredgecolor": "black"}
+    axes.plot(*points[-1], linestyle="none", label="joint upper bound", zorder=5, **star)
 
 
 def scores_figure(curves: list[Curve]) -> Figure:
-    """KA, ZS and GM over the updates with a band of one standard deviation, labelled at the curves' ends.
+    """KA, ZS and GM over the updates with a band of one standard deviation.
 
-    "frozen": what ridge regression on the untouched model's features reaches (fomo/frozen.py).
+    "frozen features": what ridge regression on the untouched model's features reaches.
     """
     known = [key for key in SCORES if any(np.isfinite(curve.mean[key]).any() for curve in curves)]
     figure, panels = new_figure(height=0.4 + 1.7 * len(known), rows=len(known), sharex=True)
-    labels, ways = [], ways_of(curves)
-    many = len(ways) > LABELLED
+    frozen = next((curve for curve in curves if curve.frozen is not None), None)
     for axes, key in zip(panels, known, strict=True):
         axes.set_title(f"{SCORES[key]} ({key.upper()}), %")
         axes.margins(x=0.03)
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        ends = [draw_score(axes, curve, key, ways.get(curve.label, 0)) for curve in curves]
-        some = [] if many else [label for label in ends if np.isfinite(label[1])]
-        if len(curves) == 1:
-            some = [(x, y, text.split()[-1], colour) for x, y, text, colour in some]
-        frozen = next((curve for curve in curves if curve.frozen is not None), None)
+        for index, curve in enumerate(curves):
+            draw_score(axes, curve, key, index)
         if key == "ka" and frozen:
-            x, y = frozen.updates, frozen.frozen
-            axes.plot(x, y, color="#777777", linestyle=":", linewidth=1.2)
-            some.append((x[-1], y[-1], f"frozen {y[-1]:.1f}", "#777777"))
-        labels.append((axes, some))
+            dotted = {"color": "#777777", "linestyle": ":", "linewidth": 1.2}
+            axes.plot(frozen.updates, frozen.frozen, label="frozen features", **dotted)
     count_updates(panels[-1])
-    if many:
-        legend_below(panels[0])
-    label_beside(figure, labels)
+    legend_below(panels[0])
     return figure
 
 
-def draw_score(axes: Axes, curve: Curve, key: str, index: int) -> tuple:
-    """One score of a curve over its updates; of the joint upper bound its end, as a line. -> its label."""
+def draw_score(axes: Axes, curve: Curve, key: str, index: int) -> None:
+    """One score of a curve over its updates; of the joint upper bound its end, as a line."""
     x, mean, spread = curve.updates, curve.mean[key], curve.spread[key]
-    name = re.sub(r" \(\d+ runs\)$", "", curve.label)  # the plane says how many
-    text = f"{shorten(name, 20)} {mean[-1]:.1f}"
     if curve.joint:
-        axes.axhline(mean[-1], color=GOLD, linewidth=1.5, label=shorten(curve.label, 28))
-        return 0, mean[-1], text, JOINT
+        axes.axhline(mean[-1], color=GOLD, linewidth=1.5, label="joint upper bound")
+        return
     style = line_style(index, len(x))
-    axes.plot(x, mean, label=shorten(curve.label, 28), **style)
+    axes.plot(x, mean, label=shorten(curve.label), **style)
     axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
     if np.isfinite(mean[-1]):
         at_least(axes, np.array([x[-1], mean[-1]]), span=np.array([0, 2]))
-    return x[-1], mean[-1], text, style["color"]
 
 
 def datasets_figure(changes: list[tuple[str, str, float]]) -> Figure:
@@ -255,22 +250,17 @@ def datasets_figure(changes: list[tuple[str, str, float]]) -> Figure:
 
 def sweep_figure(rows: list[dict]) -> Figure:
     """KA, ZS and GM over the values of one parameter, which is the first key of each row."""
-    figure, (axes,) = new_figure(height=3.2)
+    figure, (axes,) = new_figure(height=3.0)
     key = next(iter(rows[0]))
     values = [row[key] for row in rows]
-    numeric = all(isinstance(value, (int, float)) for value in values)
-    x = values if numeric else range(len(values))
-    if not numeric:
-        axes.set_xticks(x, [str(value) for value in values])
-    labels = []
+    if not all(isinstance(value, (int, float)) for value in values):
+        values = [str(value) for value in values]  # as categories
     for index, score in enumerate(SCORES):
         y = np.array([row[score] for row in rows], float)
         if np.isfinite(y).all():
-            style = line_style(index, len(rows))
-            axes.plot(x, y, **style)
-            labels.append((x[-1], y[-1], score.upper(), style["color"]))
+            axes.plot(values, y, label=score.upper(), **line_style(index, len(rows)))
     axes.set(xlabel=key, ylabel="percent")
-    label_beside(figure, [(axes, labels)])
+    legend_below(axes, columns=3)
     return figure
 
 
@@ -278,10 +268,10 @@ def sweep_figure(rows: list[dict]) -> Figure:
 
 
 def training_figure(training: Training) -> Figure:
-    """The learning rate over the life, as planned, and each run's loss, as far as it has got."""
+    """The learning rate over all updates, as planned, and each run's loss, as far as it has got."""
     figure, (rates, losses) = new_figure(height=3.4, rows=2, sharex=True)
     rates.set_title("learning rate")
-    draw_rates(rates, training.life, {"color": COLOURS[0]})
+    draw_rates(rates, training.rates, {"color": COLOURS[0]})
     losses.set_title("loss")
     losses.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     style = {"color": COLOURS[0], "linewidth": 0.8, "alpha": len(training.runs) ** -0.5}
@@ -289,35 +279,34 @@ def training_figure(training: Training) -> Figure:
         marker = "." if len(lines) <= 100 else None
         for update, some in groupby(lines, key=lambda line: line["update"]):  # a new line with every update
             x, y = zip(*((line["step"] + 1, line.get("loss")) for line in some), strict=True)
-            at = update - 1 + np.array(x) / training.life.steps
+            at = update - 1 + np.array(x) / training.rates.steps
             losses.plot(at, np.array(y, float), marker=marker, **style)
     count_updates(losses, "updates")
     return figure
 
 
-def schedule_figure(lives: list[RateCurve]) -> Figure:
-    """The learning rates of several recipes over the life."""
+def schedule_figure(curves: list[RateCurve]) -> Figure:
+    """The learning rates of several recipes over all updates."""
     figure, (axes,) = new_figure(height=3.2, width=8)
     axes.set_ylabel("learning rate")
-    for index, life in enumerate(lives):
+    for index, curve in enumerate(curves):
         style = {key: line_style(index, 1)[key] for key in ("color", "linestyle")}
-        draw_rates(axes, life, {**style, "label": shorten(life.label, 40)})
+        draw_rates(axes, curve, {**style, "label": shorten(curve.label, 40)})
     count_updates(axes, "updates")
-    if len(lives) > 1:
-        legend_below(axes, columns=3)
+    legend_below(axes, columns=3)
     return figure
 
 
-def draw_rates(axes: Axes, life: RateCurve, style: dict) -> None:
-    """A life's learning rate. Where an infinite schedule forks, the trunk goes on beside the thin branch."""
-    forks, per_update = life.schedule.meta == "infinite", np.arange(1, life.steps + 1) / life.steps
-    x = np.concatenate([update + per_update for update in range(life.updates)])
-    y = np.concatenate([life.rates(update, branch=not forks) for update in range(life.updates)])
+def draw_rates(axes: Axes, curve: RateCurve, style: dict) -> None:
+    """Where an infinite schedule forks, the trunk goes on beside the thin branch."""
+    forks, per_update = curve.schedule.meta == "infinite", np.arange(1, curve.steps + 1) / curve.steps
+    x = np.concatenate([update + per_update for update in range(curve.updates)])
+    y = np.concatenate([curve.rates(update, branch=not forks) for update in range(curve.updates)])
     axes.plot(x, y, linewidth=1.1, **style)
     if forks:
-        start = max(life.schedule.trunk_steps(life.steps) - 1, 0)
-        for update in range(life.updates):
-            x, y = update + per_update[start:], life.rates(update)[start:]
+        start = max(curve.schedule.trunk_steps(curve.steps) - 1, 0)
+        for update in range(curve.updates):
+            x, y = update + per_update[start:], curve.rates(update)[start:]
             axes.plot(x, y, color=style["color"], linewidth=0.8, linestyle=":")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)

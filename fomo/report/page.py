@@ -1,4 +1,4 @@
-"""Reports: what runs learned and what they kept, as one HTML page, and as files for slides and spreadsheets.
+"""Reports: what runs learned and what they retained, as one HTML page, and as files for slides and spreadsheets.
 
     read_run(folder) -> group_runs -> Group -> Plot, Table -> FILE.html, plane.png; FILE_files/*.png, .svg, .csv
 
@@ -9,34 +9,33 @@ Shapes: R runs of a group, U updates that all of them have reached.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from fomo.atomic import write_atomically
 from fomo.errors import UserError
+from fomo.report.columns import Columns, Values, as_csv, as_rows, number
 from fomo.report.figures import (
     SCORES,
     Training,
     budget_figure,
     datasets_figure,
-    drawn,
     plane_figure,
     render,
-    save,
     scores_figure,
     stream_figure,
     sweep_figure,
     training_figure,
 )
 from fomo.report.run_records import Group, group_runs, read_run
-from fomo.report.tables import Columns, Values, as_csv, number, table
 from fomo.runs.logs import evaluations
 
 SCORED = "the test samples scored during the run"  # a subset, unless the recipe or small sets say otherwise
@@ -58,33 +57,43 @@ TRANSFER = (
     "their loss against their best. Drift: mean cosine between an image's features now and at first (1: none)."
 )
 
-CSS = """
-body { margin: 0; background: #F3F3F0; color: #222; font: 16px/1.45 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 8px 16px; overflow-wrap: anywhere; }
-.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
-.card { background: #FFF; color: #222; border: 1px solid #DDD; border-radius: 8px; padding: 12px; }
-.card, .grid { margin: 16px 0; } .grid .card { margin: 0; min-width: 0; }
-h2 { font-size: 1.05rem; margin: 0 0 .5rem; }
-.tiles { display: flex; flex-wrap: wrap; gap: 8px 40px; } .tiles b { display: block; font-size: 1.4rem; }
-.quiet { color: #666; font-size: .875rem; margin: .5rem 0 0; }
-svg { display: block; width: 100%; max-width: 560px; height: auto; }
-svg text { font-family: system-ui, "Segoe UI", Roboto, sans-serif !important; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; }
-td, th { padding: 3px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid #EEE; }
-td:first-child, th:first-child { text-align: left; }
-pre { overflow-x: auto; font-size: .8rem; } summary { cursor: pointer; font-weight: 600; }
-@media (prefers-color-scheme: dark) { body { background: #17191C; color: #EEE; } }
-"""
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{css}</style></head>
-<body><main><h1>What was learned, what was kept</h1>
-{body}
-</main></body></html>
-"""
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 # --- the page --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Card:
+    """A white box of a page, see page.html."""
+
+    title: str
+    note: str = ""
+    tiles: Sequence[tuple[str, str, str]] = ()  # (what, its values, their change)
+    figures: Sequence[Markup] = ()
+    tables: Sequence[list[list[str]]] = ()  # rows of cells, the first is the head
+    folded: str = ""  # a text that is shown when asked for
+
+
+def html_page(title: str, rows: list[list[Card]], *, prose: bool = False) -> bytes:
+    """A page of cards, those of a row beside each other; `prose`: the cells of tables are sentences."""
+    return TEMPLATES.get_template("page.html").render(title=title, rows=rows, prose=prose).encode()
+
+
+def picture(draw: Callable[[Any], Figure], what: Any, salt: str = "") -> Markup:
+    """A figure as part of a page."""
+    return inline(render(draw, what, "svg", salt))
+
+
+def inline(svg: bytes) -> Markup:
+    """An SVG file without the XML header, which HTML does not have, and without ids that repeat in each figure."""
+    text = svg.decode()
+    return Markup(re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", text[text.index("<svg") :]))
 
 
 @dataclass(frozen=True)
@@ -98,19 +107,15 @@ class Plot:
     note: str = ""
 
     @cached_property
-    def figure(self) -> Figure:
-        return drawn(self.draw, self.what)
-
-    @cached_property
     def svg(self) -> bytes:
-        return save(self.figure, "svg", self.name)
+        return render(self.draw, self.what, "svg", self.name)
 
     @cached_property
     def png(self) -> bytes:
-        return save(self.figure, "png", self.name)
+        return render(self.draw, self.what, "png")
 
-    def html(self) -> str:
-        return card(self.title, inline(self.svg), self.note)
+    def card(self) -> Card:
+        return Card(self.title, self.note, figures=[inline(self.svg)])
 
     def files(self) -> dict[str, bytes]:
         return {f"{self.name}.svg": self.svg, f"{self.name}.png": self.png}
@@ -123,8 +128,8 @@ class Table:
     columns: Columns
     note: str = ""
 
-    def html(self) -> str:
-        return card(self.title, table(self.columns), self.note)
+    def card(self) -> Card:
+        return Card(self.title, self.note, tables=[as_rows(self.columns)])
 
     def files(self) -> dict[str, bytes]:
         return {f"{self.name}.csv": as_csv(self.columns).encode()}
@@ -138,23 +143,23 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
     once = {Path(folder).resolve(): folder for folder in folders}  # a run named twice would hide the spread
     groups = group_runs([read_run(folder) for folder in once.values()])
     overview = compare(groups)
-    body, files = [grid(overview)], [*overview]
+    parts: list[Plot | Table] = [*overview]
     if len(groups) == 1:
-        body.insert(0, headline(groups[0]))
+        first = headline(groups[0])
     else:
-        files.append(Table("summary", "Before and after", summary_table(groups), SUMMARY))
-        body.insert(0, files[-1].html())
+        parts.append(Table("summary", "Before and after", summary_table(groups), SUMMARY))
+        first = parts[-1].card()
+    rows = [[first], [plot.card() for plot in overview]]
     for i, group in enumerate(groups, 1):
         slug = re.sub("[^0-9A-Za-z]+", "-", group.label).strip("-")
         prefix = f"{i}-{slug}-" if len(groups) > 1 else ""
         plots, tables = plots_of(group, prefix), tables_of(group, prefix)
-        body += [grid(plots), *(part.html() for part in tables), recipe_of(group)]
-        files += [*plots, *tables]
-    title = escape(", ".join(group.label for group in groups))
+        rows += [[plot.card() for plot in plots], *([table.card()] for table in tables), [recipe_of(group)]]
+        parts += [*plots, *tables]
     page = Path(out) if out else Path(folders[0]) / "report.html"
-    write(page, PAGE.format(css=CSS, title=title, body="\n".join(body)).encode())
+    write(page, html_page(", ".join(group.label for group in groups), rows))
     write(page.with_name("plane.png"), overview[0].png)
-    for part in files if out else []:
+    for part in parts if out else []:
         for name, content in part.files().items():
             write(page.with_name(f"{page.stem}_files") / name, content)
     return page
@@ -187,9 +192,9 @@ def plots_of(group: Group, prefix: str) -> list[Plot]:
         found.append(("changes", "change per dataset", datasets_figure, changes, before_and_after(group)))
     runs = [record.training for record in group.records if record.training]
     if runs:
-        training = Training(group.lifetime(), runs)
+        training = Training(group.rate_curve(), runs)
         found.append(("training", "learning rate and loss", training_figure, training))
-    if stream := first.first.get("stream"):
+    if stream := first.constants.get("stream"):
         note = f"The order of {first.name}." if len(group.records) > 1 else ""
         found.append(("stream", "which dataset feeds which update", stream_figure, stream, note))
     if curve := group.keep_curve():
@@ -217,19 +222,19 @@ def tables_of(group: Group, prefix: str) -> list[Table]:
     ]
 
 
-def headline(group: Group) -> str:
+def headline(group: Group) -> Card:
     """KA, ZS and GM before and after, and how far the run has got."""
-    tiles = ""
+    tiles = []
     for key, title in SCORES.items():
         before, after = group.ends(key).T
-        tile = f"<b>{number(before)} → {number(after)}</b>{number(after - before, '+.1f')}"
-        tiles += f"<div>{title} ({key.upper()}){tile}</div>"
+        values, change = f"{number(before)} → {number(after)}", number(after - before, "+.1f")
+        tiles.append((f"{title} ({key.upper()})", values, change))
     done, planned = group.updates[-1], group.planned
     progress = f"after {done} of {planned} updates" + ("" if done == planned else ", unfinished")
     note = f"Percent on {test_sets(group)}, {progress}."
     if len(group.records) > 1:
-        note += " Mean ± standard deviation of " + ", ".join(record.name for record in group.records) + "."
-    return card(group.label, f'<div class="tiles">{tiles}</div>', note)
+        note += f" Mean ± standard deviation of {group.names}."
+    return Card(group.label, note, tiles=tiles)
 
 
 def summary_table(groups: list[Group]) -> Columns:
@@ -246,11 +251,8 @@ def summary_table(groups: list[Group]) -> Columns:
     return columns
 
 
-def recipe_of(group: Group) -> str:
-    names = ", ".join(record.name for record in group.records)
-    text = escape(group.records[0].recipe_text)
-    summary = f"<summary>{escape(group.label)}: recipe of {escape(names)}</summary>"
-    return f'<details class="card">{summary}<pre>{text}</pre></details>'
+def recipe_of(group: Group) -> Card:
+    return Card(f"{group.label}: recipe of {group.names}", folded=group.records[0].recipe_text)
 
 
 def test_sets(group: Group) -> str:
@@ -270,10 +272,9 @@ def worth_table(group: Group) -> Columns:
     rows = [(named.get(keep, f"interpolated: keep {keep:g}"), scores) for keep, scores in curve.items()]
     deployed = {key: group.values(key)[:, -1] for key in SCORES}
     rows = [rows[-1], *rows[:-1], ("this update, as deployed", deployed)]
-    frozen = [of_run[0].get("frozen") for of_run in group.lines]
-    if all(frozen):
-        ka = np.array([of_run[group.updates[-1]] for of_run in frozen])
-        rows.insert(1, ("frozen features and ridge regression", {"ka": ka}))
+    frozen = group.frozen()
+    if frozen is not None:
+        rows.insert(1, ("frozen features and ridge regression", {"ka": frozen[:, -1]}))
     missing = np.array([np.nan])
     columns = {key.upper(): Values([scores.get(key, missing) for _, scores in rows]) for key in SCORES}
     return {"instead": [title for title, _ in rows], **columns}
@@ -300,7 +301,7 @@ def transfer_table(group: Group) -> Columns:
 
 
 def costs_table(group: Group) -> Columns:
-    """A row per update: what the life has cost, and what it might have; of several runs the mean."""
+    """A row per update: what the run has cost so far, and what it might have; of several runs the mean."""
     columns: dict[str, Any] = {"update": [str(update) for update in group.updates]}
     for key, (title, unit, form) in COSTS.items():
         allowed = group.allowed(key) * group.updates
@@ -331,28 +332,6 @@ def measures_table(group: Group) -> Columns:
     measures = dict.fromkeys(measure for name in names for measure in details.get(name, {}))
     after = {m: [group.ends("details", name, m)[:, 1] for name in names] for m in measures}
     return {"dataset": names, **{m.replace("_", " "): Values(np.array(rows)) for m, rows in after.items()}}
-
-
-def card(title: str, content: str, note: str = "") -> str:
-    """A white box; `content` is HTML, title and note are text."""
-    note = f'<p class="quiet">{escape(note)}</p>' if note else ""
-    return f'<section class="card"><h2>{escape(title)}</h2>\n{content}{note}</section>\n'
-
-
-def grid(plots: list[Plot]) -> str:
-    """Beside each other where the screen is wide enough."""
-    return f'<div class="grid">{"".join(plot.html() for plot in plots)}</div>'
-
-
-def picture(draw: Callable[[Any], Figure], what: Any, salt: str = "") -> str:
-    """A figure as part of the page."""
-    return inline(render(draw, what, "svg", salt))
-
-
-def inline(svg: bytes) -> str:
-    """An SVG file without the XML header, which HTML does not have, and without ids that repeat in each figure."""
-    text = svg.decode()
-    return re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", text[text.index("<svg") :])
 
 
 def report_run(folder: Path) -> str:

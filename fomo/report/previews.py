@@ -1,6 +1,4 @@
-"""The learning rate over a whole life, as `python fomo.py schedule` prints and draws it. No data is needed.
-
-    read_lives(recipes) -> RateCurve -> rates -> a CSV file, a table, a figure
+"""What `python fomo.py stream` and `python fomo.py schedule` print and draw: a run before anything is trained.
 
 T updates of N steps each.
 """
@@ -12,6 +10,7 @@ from statistics import fmean
 
 import torch
 
+from fomo.budget.mafs import planned_steps, work_of
 from fomo.clip import Clip
 from fomo.datasets import datafile
 from fomo.datasets.orders import Known, make_stream, reference_of
@@ -19,7 +18,11 @@ from fomo.datasets.stream import Concept, composition, concepts_of, lines_of, su
 from fomo.errors import UserError
 from fomo.load_recipe import load
 from fomo.recipe import Recipe, Stream
+from fomo.report.figures import schedule_figure, stream_figure, write_figure
 from fomo.schedules import RateCurve
+from fomo.text import aligned
+
+# --- stream ----------------------------------------------------------------------------------------------
 
 
 def stream_section(
@@ -45,7 +48,7 @@ def preview_stream(
 ) -> str:
     """A stream of the recipe's data as a table; written as an official file and drawn if asked for.
 
-    Orders that need no model open neither one nor any picture.
+    An order that needs no model opens neither it nor any picture.
     """
     data = datafile.read(recipe.data)
     concepts, sizes = concepts_of(data)
@@ -62,72 +65,59 @@ def preview_stream(
 
 def plot_stream(stream: list[list[Concept]], path: Path) -> None:
     """Which dataset feeds which update, as an image file."""
-    from fomo.report.figures import (  # brings matplotlib, which training does not need
-        stream_figure,
-        write_figure,
-    )
-
     write_figure(path, stream_figure, composition(stream))
 
 
-def read_lives(paths: list[str], steps: int | None, said: dict) -> list[RateCurve]:
-    """A life per recipe, under what the command line `said` over it; `steps` instead of the budget's."""
+# --- schedule --------------------------------------------------------------------------------------------
+
+
+def rate_curves(paths: list[str], steps: int | None, options: dict) -> list[RateCurve]:
+    """A curve per recipe, under the command line's options; `steps` instead of the budget's."""
     stems = [Path(path).stem for path in paths]
     labels = stems if len(set(stems)) == len(stems) else paths
-    lives = []
+    curves = []
     for label, path in zip(labels, paths, strict=True):
-        recipe = load(path, **said)
+        recipe = load(path, **options)
         count = steps or steps_of(recipe, path)
-        lives.append(RateCurve(label, recipe.schedule, recipe.optimizer.lr, recipe.stream.updates, count))
-    return lives
+        curves.append(RateCurve(label, recipe.schedule, recipe.optimizer.lr, recipe.stream.updates, count))
+    return curves
 
 
 def steps_of(recipe: Recipe, path: str) -> int:
     """N by the recipe's budget."""
     if recipe.budget.hours is not None:
         found = f"{recipe.budget.hours:g} hours are as many steps as the machine makes of them"
-        raise UserError(f"{path}: budget.hours: {found}; say the steps per update with --steps N")
+        raise UserError(f"{path}: budget.hours: {found}; give the steps per update with --steps N")
     if recipe.budget.gflops is None:
         return recipe.steps
-    from fomo.budget.mafs import planned_steps, work_of  # brings torch
-
     try:
         return planned_steps(recipe, work_of(recipe), recipe.stream.updates)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def preview_schedule(lives: list[RateCurve], *, as_csv: bool = False, picture: str | None = None) -> str:
+def preview_schedule(curves: list[RateCurve], *, as_csv: bool = False, picture: str | None = None) -> str:
     """The text for standard output: every step as CSV, or a table; if only drawn, the picture's path."""
-    if as_csv and len(lives) > 1:
-        raise UserError(f"--csv: got {len(lives)} recipes, accepted: one, since its lines do not name them")
+    if as_csv and len(curves) > 1:
+        raise UserError(f"--csv: got {len(curves)} recipes, accepted: one, since its lines do not name them")
     if picture:
-        from fomo.report.figures import (  # not at the top: figures draw a RateCurve
-            schedule_figure,
-            write_figure,
-        )
-
-        write_figure(Path(picture), schedule_figure, lives)
+        write_figure(Path(picture), schedule_figure, curves)
     if as_csv:
-        return csv_lines(lives[0])
-    return picture or "\n\n".join(map(rates_table, lives))
+        return csv_lines(curves[0])
+    return picture or "\n\n".join(map(rates_table, curves))
 
 
-def csv_lines(life: RateCurve) -> str:
-    """Every step of the life; updates count from 1, steps from 0. The numbers are exact, as repr writes them."""
-    rows = ((t, n, lr) for t in range(life.updates) for n, lr in enumerate(life.rates(t)))
+def csv_lines(curve: RateCurve) -> str:
+    """Every step; updates count from 1, steps from 0. The numbers are exact, as repr writes them."""
+    rows = ((t, n, lr) for t in range(curve.updates) for n, lr in enumerate(curve.rates(t)))
     return "\n".join(["update,step,lr", *(f"{t + 1},{n},{lr!r}" for t, n, lr in rows)])
 
 
-def rates_table(life: RateCurve) -> str:
+def rates_table(curve: RateCurve) -> str:
     """A line per update."""
-    schedule = life.schedule
-    lines = [
-        f"{life.label}: {schedule.name}, meta {schedule.meta}",
-        "update  steps       peak       mean       last",
-    ]
-    for update in range(life.updates):
-        rates = life.rates(update)
-        three = "  ".join(f"{value:9.3g}" for value in (max(rates), fmean(rates), rates[-1]))
-        lines.append(f"{update + 1:6}  {life.steps:5,}  {three}")
-    return "\n".join(lines)
+    rows = [["update", "steps", "peak", "mean", "last"]]
+    for update in range(curve.updates):
+        rates = curve.rates(update)
+        shown = [f"{value:.3g}" for value in (max(rates), fmean(rates), rates[-1])]
+        rows.append([str(update + 1), f"{curve.steps:,}", *shown])
+    return f"{curve.label}: {curve.schedule.name}, meta {curve.schedule.meta}\n{aligned(rows, left=0)}"

@@ -17,17 +17,13 @@ from typing import Any
 import numpy as np
 
 from fomo.errors import UserError
+from fomo.report.columns import deviation
 from fomo.report.figures import SCORES, Curve
-from fomo.report.tables import deviation
 from fomo.runs.logs import read_lines, read_text
 from fomo.schedules import RateCurve, Schedule
 from fomo.schema import build, read_yaml
 
-LIMITS = {
-    "mafs": "MAFs",
-    "seconds": "seconds",
-    "steps": "steps",
-}  # what a budget may limit, the strictest first
+LIMITS = {"mafs": "MAFs", "seconds": "seconds", "steps": "steps"}  # of a budget, the strictest first
 
 
 @dataclass(frozen=True)
@@ -37,13 +33,9 @@ class Record:
     name: str
     recipe: dict
     recipe_text: str
+    constants: dict  # "roles", "stream", "allowed"
     evaluations: dict[int, dict]  # update -> its line of metrics.jsonl; update 0 is the untouched model
     training: list[dict]  # lines of train.jsonl
-
-    @property
-    def first(self) -> dict:
-        """The evaluation that a run begins with; that of a child is of what its parent deployed."""
-        return self.evaluations[min(self.evaluations)]
 
 
 def read_run(folder: Path) -> Record:
@@ -52,17 +44,25 @@ def read_run(folder: Path) -> Record:
     lines = read_lines(folder / "metrics.jsonl")
     if not lines:
         raise UserError(f"{folder / 'metrics.jsonl'}: empty, the run has not been evaluated yet")
-    constants = folder / "run.json"
-    if constants.exists():
-        lines[0] |= json.loads(constants.read_text())
     training = folder / "train.jsonl"
     return Record(
         name=folder.resolve().name,  # resolved, because the name of "." is empty
         recipe=read_yaml(folder / "recipe.yaml"),
         recipe_text=read_text(folder / "recipe.yaml"),
-        evaluations={line["update"]: line for line in lines},
+        constants=read_constants(folder / "run.json", lines[0]),
+        evaluations={line["update"]: line for line in lines if "step" not in line},
         training=read_lines(training) if training.exists() else [],
     )
+
+
+def read_constants(path: Path, first: dict) -> dict:
+    """What is constant over a run; older runs have it in the first line of metrics.jsonl."""
+    if not path.exists():
+        return first
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
 
 
 # --- runs that differ only in the seed -------------------------------------------------------------------
@@ -74,6 +74,10 @@ class Group:
 
     label: str
     records: list[Record]
+
+    @property
+    def names(self) -> str:
+        return ", ".join(record.name for record in self.records)
 
     @property
     def updates(self) -> list[int]:
@@ -91,21 +95,22 @@ class Group:
 
     def curve(self, joint: bool = False) -> Curve:
         values = {key: self.values(key) for key in SCORES}
+        frozen = self.frozen()
         return Curve(
             label=self.label,
             updates=self.updates,
             mean={key: scores.mean(axis=0) for key, scores in values.items()},
             spread={key: deviation(scores) for key, scores in values.items()},
-            frozen=self.frozen(),
+            frozen=None if frozen is None else frozen.mean(axis=0),
             joint=joint,
         )
 
     def frozen(self) -> np.ndarray | None:
-        """KA of the frozen baseline at each of the group's updates, mean over runs."""
+        """KA of the frozen baseline at each of the group's updates, (R, U)."""
         known = [of_run[0].get("frozen") for of_run in self.lines]
         if not all(known):
             return None
-        return np.array([[of_run[update] for update in self.updates] for of_run in known]).mean(axis=0)
+        return np.array([[of_run[update] for update in self.updates] for of_run in known])
 
     @property
     def whole(self) -> bool:
@@ -120,14 +125,14 @@ class Group:
 
     def datasets(self) -> list[tuple[str, str, np.ndarray]]:
         """(name, role, scores before and after (R, 2)), from the largest gain to the largest loss."""
-        roles = self.records[0].first["roles"]
+        roles = self.records[0].constants["roles"]
         rows = [(name, role, self.ends("datasets", name)) for name, role in roles.items()]
         return sorted(rows, key=lambda row: -np.diff(row[2]).mean())
 
     def allowed(self, what: str) -> np.ndarray:
         """What each run's budget allows an update, (R, 1): "steps", "mafs", "seconds"; NaN if it is no limit."""
-        first = [record.first for record in self.records]
-        return np.array([[look_up(line, ("allowed", what))] for line in first], dtype=float)
+        constants = [record.constants for record in self.records]
+        return np.array([[look_up(of_run, ("allowed", what))] for of_run in constants], dtype=float)
 
     def spent(self) -> tuple[str, list[int], np.ndarray] | None:
         """(unit, updates, percent of the allowed that was spent since the evaluation before), mean over runs."""
@@ -153,16 +158,21 @@ class Group:
 
     @property
     def planned(self) -> int:
-        """T, the updates of the whole life."""
+        """T, the number of updates."""
         return self.records[0].recipe["stream"]["updates"]
 
-    def lifetime(self) -> RateCurve:
-        """The learning rate as planned; the steps, where the budget came to no number before training, as done."""
+    @property
+    def steps(self) -> int:
+        """N of each update; as done, where the budget came to no number before training."""
         first = self.records[0]
-        steps = look_up(first.first, ("allowed", "steps"))
-        steps = steps or 1 + max(line["step"] for line in first.training)
-        schedule = build(Schedule, first.recipe["schedule"], "schedule")
-        return RateCurve(self.label, schedule, first.recipe["optimizer"]["lr"], self.planned, steps)
+        planned = look_up(first.constants, ("allowed", "steps"))
+        return planned or 1 + max(line["step"] for line in first.training)
+
+    def rate_curve(self) -> RateCurve:
+        """The learning rate as planned."""
+        recipe = self.records[0].recipe
+        schedule = build(Schedule, recipe["schedule"], "schedule")
+        return RateCurve(self.label, schedule, recipe["optimizer"]["lr"], self.planned, self.steps)
 
 
 def look_up(line: dict, path: tuple[str, ...]) -> float | None:

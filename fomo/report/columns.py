@@ -1,4 +1,4 @@
-"""The tables of a report: columns in, HTML for the page or CSV for the files beside it out.
+"""The columns of a report's tables: in, rows of text for the page or CSV for the files beside it out.
 
 A column holds texts, or Values: numbers of R runs, shown as their mean with the spread over the runs.
 """
@@ -7,7 +7,6 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 
@@ -46,16 +45,14 @@ def deviation(values: np.ndarray) -> np.ndarray:
     return values.std(axis=0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
 
 
-def table(columns: Columns) -> str:
-    """Columns under their titles as HTML, without those of which nothing is known."""
+def as_rows(columns: Columns) -> list[list[str]]:
+    """The titles, then a row of cells for each row; without the columns of which nothing is known."""
     texts = {
-        title: column.texts() if isinstance(column, Values) else column for title, column in columns.items()
+        title: list(column.texts() if isinstance(column, Values) else column)
+        for title, column in columns.items()
     }
     known = {title: cells for title, cells in texts.items() if set(cells) != {UNKNOWN}}
-    head = "".join(f"<th>{escape(title)}</th>" for title in known)
-    rows = zip(*known.values(), strict=True)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>\n{body}</table></div>'
+    return [list(known), *map(list, zip(*known.values(), strict=True))]
 
 
 def as_csv(columns: Columns) -> str:
