@@ -5,7 +5,7 @@
 Curves are told apart by colour, dashes and markers, which a legend below the figure names; the same numbers give
 the same bytes. Nothing here knows of run folders.
 
-Shapes: U updates after which the model was scored.
+Shapes: U updates after which the model was scored, W evaluations within updates.
 """
 
 import io
@@ -56,6 +56,17 @@ STYLE = {
 
 
 @dataclass(frozen=True)
+class Within:
+    """What the runs of one recipe scored within updates; means over runs."""
+
+    positions: np.ndarray  # 2.5: halfway in the third update, (W,)
+    mean: dict[str, np.ndarray]  # "ka", "zs", "gm" -> percent, (W,)
+
+
+NONE_WITHIN = Within(np.empty(0), dict.fromkeys(SCORES, np.empty(0)))
+
+
+@dataclass(frozen=True)
 class Curve:
     """What the runs of one recipe scored, the untouched model (update 0) first."""
 
@@ -65,6 +76,7 @@ class Curve:
     spread: dict[str, np.ndarray]  # their standard deviation over runs, (U,)
     frozen: np.ndarray | None = None  # KA of the frozen-feature baseline, (U,)
     joint: bool = False  # the joint upper bound: everything at once; its end counts, not its way
+    within: Within = NONE_WITHIN
 
 
 @dataclass(frozen=True)
@@ -150,7 +162,8 @@ def legend_below(axes: Axes, columns: int = 2) -> None:
 def plane_figure(curves: list[Curve]) -> Figure:
     """The KA-ZS plane: from the untouched model (black star) over one point per update to the last (large).
 
-    The joint upper bound is a gold star; a dotted line to it is the linear trade-off of KA and ZS.
+    Small points are evaluations within updates. The joint upper bound is a gold star; a dotted line to it is the
+    linear trade-off of KA and ZS.
     """
     figure, (axes,) = new_figure(height=4.0)
     axes.set(xlabel="zero-shot retention (ZS), %", ylabel="knowledge accumulation (KA), %")
@@ -176,11 +189,23 @@ def plane_figure(curves: list[Curve]) -> Figure:
 
 def draw_way(axes: Axes, curve: Curve, points: np.ndarray, style: dict) -> None:
     """A run's way over the plane, (U, 2), with its spread at the end."""
-    axes.plot(*points.T, label=shorten(curve.label), **style)
+    within = np.stack([curve.within.mean["zs"], curve.within.mean["ka"]], axis=1)
+    draw_line(axes, curve, points, within, style)
     if len(points) > 1:
         spread = curve.spread["ka"][-1], curve.spread["zs"][-1]
         axes.errorbar(*points[-1], *spread, ecolor=style["color"], fmt="none")
         axes.plot(*points[-1], **{**style, "markersize": 8, "markeredgecolor": "white", "zorder": 4})
+
+
+def draw_line(axes: Axes, curve: Curve, points: np.ndarray, within: np.ndarray, style: dict) -> None:
+    """From point to point after each update, (U, 2), through the smaller ones within updates, (W, 2)."""
+    order = np.argsort(np.concatenate([curve.updates, curve.within.positions]), kind="stable")
+    ends = np.flatnonzero(order < len(points)).tolist()
+    line = np.concatenate([points, within])[order]
+    axes.plot(*line.T, label=shorten(curve.label), markevery=ends, **style)
+    if len(within):
+        small = {"marker": "o", "markersize": style["markersize"] / 2}
+        axes.plot(*within.T, color=style["color"], linestyle="none", **small)
 
 
 def draw_joint(axes: Axes, curve: Curve, points: np.ndarray) -> None:
@@ -192,7 +217,7 @@ def draw_joint(axes: Axes, curve: Curve, points: np.ndarray) -> None:
 
 
 def scores_figure(curves: list[Curve]) -> Figure:
-    """KA, ZS and GM over the updates with a band of one standard deviation.
+    """KA, ZS and GM over the updates with a band of one standard deviation; small points lie within updates.
 
     "frozen features": what ridge regression on the untouched model's features reaches.
     """
@@ -220,7 +245,8 @@ def draw_score(axes: Axes, curve: Curve, key: str, index: int) -> None:
         axes.axhline(mean[-1], color=GOLD, linewidth=1.5, label="joint upper bound")
         return
     style = line_style(index, len(x))
-    axes.plot(x, mean, label=shorten(curve.label), **style)
+    within = np.stack([curve.within.positions, curve.within.mean[key]], axis=1)
+    draw_line(axes, curve, np.stack([x, mean], axis=1), within, style)
     axes.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.15, linewidth=0)
     if np.isfinite(mean[-1]):
         at_least(axes, np.array([x[-1], mean[-1]]), span=np.array([0, 2]))

@@ -177,7 +177,8 @@ def compare(groups: list[Group]) -> list[Plot]:
     """All groups in one plane, and their scores. One that learned all at once bounds those that did not."""
     several = any(group.planned > 1 for group in groups)
     curves = [group.curve(joint=several and group.planned == group.updates[-1] == 1) for group in groups]
-    note = f"One point per update, on {SCORED}."
+    small = ", small ones within updates" if any(len(curve.within.positions) for curve in curves) else ""
+    note = f"One point per update{small}, on {SCORED}."
     return [
         Plot("plane", "Learned (up) against kept (right)", plane_figure, curves, note),
         Plot("scores", "Scores over updates", scores_figure, curves, note),

@@ -18,7 +18,7 @@ import numpy as np
 
 from fomo.errors import UserError
 from fomo.report.columns import deviation
-from fomo.report.figures import SCORES, Curve
+from fomo.report.figures import SCORES, Curve, Within
 from fomo.runs.logs import read_lines, read_text
 from fomo.schedules import RateCurve, Schedule
 from fomo.schema import build, read_yaml
@@ -35,6 +35,7 @@ class Record:
     recipe_text: str
     constants: dict  # "roles", "stream", "allowed"
     evaluations: dict[int, dict]  # update -> its line of metrics.jsonl; update 0 is the untouched model
+    within: dict[tuple[int, int], dict]  # (updates, steps of the next one) that were done -> its line
     training: list[dict]  # lines of train.jsonl
 
 
@@ -51,6 +52,7 @@ def read_run(folder: Path) -> Record:
         recipe_text=read_text(folder / "recipe.yaml"),
         constants=read_constants(folder / "run.json", lines[0]),
         evaluations={line["update"]: line for line in lines if "step" not in line},
+        within={(line["update"], line["step"]): line for line in lines if "step" in line},
         training=read_lines(training) if training.exists() else [],
     )
 
@@ -103,6 +105,18 @@ class Group:
             spread={key: deviation(scores) for key, scores in values.items()},
             frozen=None if frozen is None else frozen.mean(axis=0),
             joint=joint,
+            within=self.within(),
+        )
+
+    def within(self) -> Within:
+        """The evaluations within updates that every run has, as far as every run's evaluations after them go."""
+        common = set.intersection(*(set(record.within) for record in self.records))
+        places = sorted(place for place in common if place[0] < self.updates[-1])
+        lines = [[record.within[place] for place in places] for record in self.records]
+        scores = {key: [[look_up(line, (key,)) for line in of_run] for of_run in lines] for key in SCORES}
+        return Within(
+            positions=np.array([update + step / self.steps for update, step in places]),
+            mean={key: np.array(values, dtype=float).mean(axis=0) for key, values in scores.items()},
         )
 
     def frozen(self) -> np.ndarray | None:

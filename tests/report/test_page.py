@@ -360,6 +360,42 @@ def test_the_joint_run_is_a_gold_star_with_the_linear_trade_off_to_it(tmp_path):
     assert not alone.joint  # with nothing to bound it is a run like others
 
 
+def test_evaluations_within_updates_are_small_points_and_nothing_else(tmp_path):
+    plain = make_run(tmp_path / "plain", new=True)
+    folders = [make_run(tmp_path / f"within-seed{seed}", seed=seed, new=True) for seed in (0, 1)]
+    for seed, run in enumerate(folders):
+        places = [
+            (1, 5),
+            (1, 20),
+            (0, 7 + seed),
+            (3, 5),
+        ]  # the third of one run alone, the fourth after the last
+        rest = {"ka": 30.0 + seed, "zs": 20.0, "gm": 25.0, "steps": 1}
+        lines = [{"update": update, "step": step, **rest} for update, step in places]
+        write_lines(
+            run, sorted([*metrics(run), *lines], key=lambda line: (line["update"], line.get("step", 0)))
+        )
+
+    (group,) = groups_of(*folders)
+    curve = group.curve()
+    ka = np.array([[record.evaluations[update]["ka"] for update in range(4)] for record in group.records])
+    assert group.updates == [0, 1, 2, 3] and np.allclose(curve.mean["ka"], ka.mean(axis=0))
+    small = [[1.1, 30.5], [1.4, 30.5]]  # of 50 steps
+    way, dots = figure_of(figures.scores_figure, [curve]).axes[0].lines
+    np.testing.assert_allclose(dots.get_xydata(), small)
+    ends = [[update, score] for update, score in enumerate(ka.mean(axis=0))]
+    np.testing.assert_allclose(way.get_xydata(), [*ends[:2], *small, *ends[2:]])
+    assert way.get_markevery() == [0, 1, 4, 5] and dots.get_markersize() < way.get_markersize()
+    plane = figure_of(figures.plane_figure, [curve]).axes[0]
+    ways = [line.get_xydata().tolist() for line in plane.lines]
+    assert [[20, 30.5]] * 2 in ways and ways[0][2:4] == [[20, 30.5]] * 2
+
+    (with_points,), (without,) = groups_of(folders[0]), groups_of(plain)
+    np.testing.assert_array_equal(with_points.spent()[2], without.spent()[2])
+    for make in (report.updates_table, report.transfer_table, report.costs_table, report.datasets_table):
+        assert as_rows(make(with_points)) == as_rows(make(without))
+
+
 def test_what_runs_have_come_to_write_is_shown(tmp_path):
     roles = {**ROLES, "photos": "evaluation"}
     run = make_run(tmp_path / "run", roles=roles, new=True)
