@@ -289,9 +289,11 @@ def report(runs, out):
 @shared_options("scale", "device")
 def reproduce(studies, seeds, scale, **options):
     """Run the guide's studies (recipes/studies, all or the named ones) and say which of its claims hold."""
-    from fomo.guide.run_studies import reproduce, whole_numbers
+    from fomo.guide.run_studies import reproduce
+    from fomo.text import whole_numbers
 
-    print(reproduce(studies, scale=scale or "tiny", seeds=whole_numbers("--seeds", seeds), **options))
+    chosen = whole_numbers("--seeds", seeds) if seeds else None
+    print(reproduce(studies, scale=scale or "tiny", seeds=chosen, **options))
 
 
 @cli.group()

@@ -1,6 +1,6 @@
 """What a claim needs: inequalities over scores, and the verdict that paired runs give.
 
-    ka(finetune) - ka(lora-64) > 0.5                  points of knowledge accumulation at the end of the life
+    ka(finetune) - ka(lora-64) > 0.5                  points of knowledge accumulation at the end of the run
     zs.peak(ema-merge) - zs.start(ema-merge) > 0      best after any update, against the untouched model
     |ka(cosine) - ka(rsqrt)| < 1.5                    no difference that matters
     line(ema-merge) > 0                               above the linear trade-off
@@ -21,6 +21,7 @@ its own quantile of Student's t, which errs on the wide side. A combination of m
 formed for every variant of the study.
 """
 
+import ast
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -29,7 +30,8 @@ from functools import cache
 
 import numpy as np
 
-METRICS = ("ka", "zs", "gm", "line")
+SCORED = ("ka", "zs", "gm")  # by every run
+METRICS = (*SCORED, "line")
 MOMENTS: dict[str, Callable[[np.ndarray], float]] = {  # of the scores after updates 0 .. T
     "end": lambda scores: scores[-1],
     "area": lambda scores: scores[1:].mean(),
@@ -41,8 +43,8 @@ MOMENTS: dict[str, Callable[[np.ndarray], float]] = {  # of the scores after upd
 JOINT = "joint"  # the variant at the other end of the trade-off line
 HOLDS, FAILS, OPEN = "holds", "does not hold", "undecided"
 
-Life = Mapping[str, np.ndarray]  # "ka", "zs", "gm" -> scores after updates 0 .. T
-Lives = Mapping[str, Mapping[int, Life]]  # variant -> seed -> life
+Scores = Mapping[str, np.ndarray]  # of one run: a name in SCORED -> after updates 0 .. T
+ScoresBySeed = Mapping[int, Scores]
 
 
 # --- reading an inequality -------------------------------------------------------------------------------
@@ -64,89 +66,72 @@ class Comparison:
         return list(dict.fromkeys([*self.weights, *([JOINT] * needs_joint)]))
 
 
-TOKEN = re.compile(r"\s*(?:(\d+\.?\d*|\.\d+)|([a-z]+(?:\.[a-z]+)?)\s*\(\s*([\w.@-]+)\s*\)|([-+*|<>]))")
+Terms = dict[
+    tuple[str, str, str] | None, float
+]  # (variant, metric, moment) -> its weight; None: the constant
+VARIANT = re.compile(r"([a-z]\s*\(\s*)([\w.@-]+)(?=\s*\))")
+ABSOLUTE = re.compile(r"^\|([^|]*)\|(?=\s*[<>])")
 
 
 def parse(text: str) -> Comparison:
-    """Read an inequality; a ValueError names the column of what cannot be read."""
-    tokens, column = [], 0
-    while text[column:].strip():
-        match = TOKEN.match(text, column)
-        if not match:
-            start = len(text) - len(text[column:].lstrip()) + 1
-            raise ValueError(f"column {start}: expected a number, METRIC(variant) or one of + - * | < >")
-        tokens.append((match.end() - len(match.group().lstrip()) + 1, *match.groups()))
-        column = match.end()
-    return Reader(text, tokens).comparison()
+    """Read an inequality; a ValueError names the column of what cannot be read.
+
+    Python's own parser does it. What is not Python is replaced by as many characters, so that columns stay: a
+    variant's name, which may hold dashes, by underscores, and bars by brackets.
+    """
+    text = text.strip()
+    source = VARIANT.sub(lambda match: match[1] + "_" * len(match[2]), text)
+    source, absolute = ABSOLUTE.subn(r"(\1)", source)
+    try:
+        node = ast.parse(source, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(
+            f"column {error.offset or len(text) + 1}: expected a number or METRIC(variant)"
+        ) from None
+    match node:
+        case ast.Compare(ops=[ast.Lt() | ast.Gt() as sign], comparators=[bound]):
+            left, right = terms_of(node.left, text), terms_of(bound, text)
+        case ast.Compare(ops=[ast.Lt() | ast.Gt(), _, *_], comparators=[_, second, *_]):
+            raise mistake(second, "the end after one comparison")
+        case _:
+            raise mistake(node, "one < or >")
+    if absolute and (None in left or right.keys() != {None} or isinstance(sign, ast.Gt)):
+        raise mistake(node, "|METRIC(variant) ...| < number")
+    total = added(left, right, -1)
+    margin = -total.pop(None, 0.0)
+    kind = "||" if absolute else "<" if isinstance(sign, ast.Lt) else ">"
+    return Comparison(text, *factored(total), margin, kind)
 
 
-class Reader:
-    """One inequality, token by token: (column, number, metric, variant, symbol)."""
+def mistake(node: ast.expr, expected: str) -> ValueError:
+    return ValueError(f"column {node.col_offset + 1}: expected {expected}")
 
-    def __init__(self, text: str, tokens: list[tuple]):
-        self.text, self.tokens, self.at = text, tokens, 0
 
-    def peek(self) -> str | None:
-        """The symbol that comes next."""
-        return self.tokens[self.at][4] if self.at < len(self.tokens) else None
+def terms_of(node: ast.expr, text: str) -> Terms:
+    """What is added up in an expression; `text` is the inequality with the variants' names."""
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            return {None: float(number)}
+        case ast.Call(func=word, args=[ast.Name() as name], keywords=[]):
+            variant = text[name.col_offset : name.end_col_offset]
+            return {(variant, *measure(ast.unparse(word), word.col_offset + 1)): 1.0}
+        case ast.UnaryOp(op=ast.USub(), operand=inner):
+            return added({}, terms_of(inner, text), -1)
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as op, right=right):
+            return added(terms_of(left, text), terms_of(right, text), -1 if isinstance(op, ast.Sub) else 1)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            factor = terms_of(left, text)
+            if factor.keys() == {None}:
+                return added({}, terms_of(right, text), factor[None])
+    raise mistake(node, "a number, METRIC(variant) or number * METRIC(variant)")
 
-    def fail(self, expected: str):
-        column = self.tokens[self.at][0] if self.at < len(self.tokens) else len(self.text) + 1
-        raise ValueError(f"column {column}: expected {expected}")
 
-    def take(self, *symbols: str) -> str:
-        if self.peek() not in symbols:
-            self.fail(" or ".join(symbols))
-        self.at += 1
-        return self.tokens[self.at - 1][4]
-
-    def comparison(self) -> Comparison:
-        within = self.peek() == "|"
-        if within:
-            self.take("|")
-        terms, constant = self.sum(1.0)
-        if within:
-            self.take("|")
-        sign = self.take("<") if within else self.take("<", ">")
-        more, right = self.sum(-1.0)
-        if self.at < len(self.tokens):
-            self.fail("the end")
-        if within and (more or constant):
-            raise ValueError("column 1: expected |METRIC(variant) ...| < number")
-        kind = "||" if within else sign
-        return Comparison(self.text, *factored(terms + more), -constant - right, kind)
-
-    def sum(self, sign: float) -> tuple[list, float]:
-        """-> [(weight, (metric, moment), variant)], and what is constant in it."""
-        terms, constant, factor = [], 0.0, sign
-        if self.peek() == "-":
-            self.take("-")
-            factor = -sign
-        while True:
-            weight, term = self.product()
-            if term:
-                terms.append((factor * weight, *term))
-            else:
-                constant += factor * weight
-            if self.peek() not in ("+", "-"):
-                return terms, constant
-            factor = sign if self.take("+", "-") == "+" else -sign
-
-    def product(self) -> tuple[float, tuple | None]:
-        """A number, a term, or number * term."""
-        if self.at == len(self.tokens) or self.peek():
-            self.fail("a number or METRIC(variant)")
-        column, number, metric, variant, _ = self.tokens[self.at]
-        self.at += 1
-        if metric:
-            return 1.0, (measure(metric, column), variant)
-        if self.peek() != "*":
-            return float(number), None
-        self.take("*")
-        weight, term = self.product()
-        if term is None:
-            self.fail("METRIC(variant) after *")
-        return float(number) * weight, term
+def added(terms: Terms, more: Terms, factor: float) -> Terms:
+    """terms + factor * more"""
+    total = dict(terms)
+    for key, weight in more.items():
+        total[key] = total.get(key, 0.0) + factor * weight
+    return total
 
 
 def measure(word: str, column: int) -> tuple[str, str]:
@@ -160,12 +145,12 @@ def measure(word: str, column: int) -> tuple[str, str]:
     return metric, moment or "end"
 
 
-def factored(terms: list[tuple]) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
+def factored(terms: Terms) -> tuple[dict[str, float], dict[tuple[str, str], float]]:
     """Terms -> weights by variant times one pattern of measures, the same for every variant."""
     rows: dict[str, dict] = {}
-    for weight, key, variant in terms:
-        row = rows.setdefault(variant, {})
-        row[key] = row.get(key, 0.0) + weight
+    for (variant, metric, moment), weight in terms.items():
+        if weight:
+            rows.setdefault(variant, {})[metric, moment] = weight
     if not rows:
         raise ValueError("column 1: compares no scores, expected METRIC(variant)")
     pattern = next(iter(rows.values()))
@@ -207,14 +192,16 @@ class Decision:
         return HOLDS if self.slack > 0 else FAILS if wrong else OPEN
 
 
-def decide(comparison: Comparison, lives: Lives) -> Decision | None:
+def decide(comparison: Comparison, scores: Mapping[str, ScoresBySeed]) -> Decision | None:
     """The effect over the seeds that all compared variants have, with its 95 % interval; None without any."""
-    seeds = sorted(set.intersection(*(set(lives.get(name, {})) for name in comparison.mentioned)))
+    seeds = sorted(set.intersection(*(set(scores.get(name, {})) for name in comparison.mentioned)))
     if not seeds:
         return None
     by_line = any(metric == "line" for metric, _ in comparison.pattern)
-    complete = [name for name in lives if set(seeds) <= set(lives[name]) and not (by_line and name == JOINT)]
-    table = np.array([[measured(comparison, lives, name, seed) for seed in seeds] for name in complete])
+    complete = [
+        name for name in scores if set(seeds) <= set(scores[name]) and not (by_line and name == JOINT)
+    ]
+    table = np.array([[measured(comparison, scores, name, seed) for seed in seeds] for name in complete])
     weights = np.array([comparison.weights.get(name, 0.0) for name in complete])
     effect = float((weights @ table).mean())
     if len(seeds) == 1:
@@ -223,18 +210,18 @@ def decide(comparison: Comparison, lives: Lives) -> Decision | None:
     return Decision(comparison, effect, (effect - half, effect + half), seeds)
 
 
-def measured(comparison: Comparison, lives: Lives, name: str, seed: int) -> float:
+def measured(comparison: Comparison, scores: Mapping[str, ScoresBySeed], name: str, seed: int) -> float:
     """The comparison's pattern of measures for one run."""
-    life = lives[name][seed]
+    run = scores[name][seed]
     return sum(
-        share * (above_line(life, lives[JOINT][seed]) if metric == "line" else MOMENTS[moment](life[metric]))
+        share * (above_line(run, scores[JOINT][seed]) if metric == "line" else MOMENTS[moment](run[metric]))
         for (metric, moment), share in comparison.pattern.items()
     )
 
 
-def above_line(life: Life, joint: Life) -> float:
-    """Signed distance of the end of `life` from the line through the untouched model and the end of `joint`."""
-    zs, ka = life["zs"][-1] - life["zs"][0], life["ka"][-1] - life["ka"][0]
+def above_line(run: Scores, joint: Scores) -> float:
+    """Signed distance of the end of `run` from the line through the untouched model and the end of `joint`."""
+    zs, ka = run["zs"][-1] - run["zs"][0], run["ka"][-1] - run["ka"][0]
     along_zs, along_ka = joint["zs"][-1] - joint["zs"][0], joint["ka"][-1] - joint["ka"][0]
     return float((zs * along_ka - ka * along_zs) / math.hypot(along_zs, along_ka))
 
@@ -247,9 +234,9 @@ def half_width(table: np.ndarray, weights: np.ndarray) -> float:
     noise = (residuals**2).sum() / max((V - 1) * (S - 1), 1)  # MS_E; with one variant there are no residuals
     shared = V * (seeds**2).sum() / (S - 1)  # MS_S
     total = weights.sum()
-    own = noise * max((weights**2).sum() - total**2 / V, 0.0) / S
+    between = noise * max((weights**2).sum() - total**2 / V, 0.0) / S
     common = shared * total**2 / (V * S)
-    return math.sqrt(own * student(max((V - 1) * (S - 1), 1)) ** 2 + common * student(S - 1) ** 2)
+    return math.sqrt(between * student(max((V - 1) * (S - 1), 1)) ** 2 + common * student(S - 1) ** 2)
 
 
 @cache
@@ -263,15 +250,3 @@ def student(freedom: int, level: float = 0.95) -> float:
     density = np.cos(x) ** (freedom - 1)
     below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
     return math.sqrt(freedom) * math.tan(np.interp(level * below[-1], below, x))
-
-
-def verdict_of(decisions: list[Decision]) -> str:
-    """A claim holds if all that it needs holds, and does not if any of it does not."""
-    verdicts = {decision.verdict for decision in decisions}
-    return FAILS if FAILS in verdicts else OPEN if OPEN in verdicts else HOLDS
-
-
-def deciding(decisions: list[Decision]) -> Decision:
-    """The inequality on which the verdict rests: of those that share it, the one furthest from holding."""
-    verdict = verdict_of(decisions)
-    return min((d for d in decisions if d.verdict == verdict), key=lambda d: d.slack)

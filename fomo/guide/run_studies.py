@@ -1,6 +1,6 @@
 """`reproduce`: run what the studies need, each recipe once, and write what came of it.
 
-    studies -> Need (study, variant, seed) -> Job (recipe, folder) -> processes -> metrics.jsonl -> results.py
+    studies -> (study, variant, seed) -> Job (recipe, folder) -> processes -> metrics.jsonl -> verdicts.py
 
 A job's identity is the hash of its complete recipe and of the data file's text: variants that studies share run
 once, finished runs are reused, and one that was stopped goes on from its checkpoint. Runs are single processes
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing import connection, get_context, get_start_method, set_start_method
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,11 +26,11 @@ from tqdm import tqdm
 
 from fomo.atomic import write_atomically
 from fomo.errors import Failure, Interrupted, UserError, one_line
+from fomo.guide.inequalities import SCORED
 from fomo.guide.studies import Study, find_studies, resolve
 from fomo.guide.verdicts import Outcome, markdown, tally, write_document, write_results
 from fomo.load_recipe import ROOT
 from fomo.recipe import Recipe, dump
-from fomo.report.figures import SCORES
 from fomo.runs.logs import evaluations
 
 # What a run takes where nothing was measured yet; finished runs of the same folder correct it.
@@ -40,10 +41,10 @@ ONLY_TO_RESUME = ("state", "weights", "model", "experts")
 
 @dataclass(frozen=True)
 class Job:
-    """One run: a recipe, its place, and who needs it."""
+    """One run: a recipe, its folder, and who needs it. Without a folder: to pretrain the recipe's base model."""
 
     recipe: Recipe
-    folder: Path
+    folder: Path | None = None
     files: dict[Path, str] = field(default_factory=dict)  # data files to be written first
     needed_by: list[tuple[str, str, int]] = field(default_factory=list)  # (study, variant, seed)
 
@@ -51,6 +52,8 @@ class Job:
     def hours(self) -> float:
         """What it takes by the constants above."""
         budget, updates = self.recipe.budget, self.recipe.stream.updates
+        if self.folder is None:
+            return self.recipe.model.pretraining.samples / SAMPLES_PER_SECOND / 3600
         if budget.hours is not None:
             return budget.hours * updates
         if budget.gflops is not None:
@@ -60,6 +63,8 @@ class Job:
     @property
     def label(self) -> str:
         """One of its names, for messages."""
+        if self.folder is None:
+            return "a base model"
         study, variant, seed = self.needed_by[0]
         return f"{study}/{variant}, seed {seed}"
 
@@ -79,7 +84,7 @@ def plan(studies: list[Study], scale: str, seeds: list[int] | None, out: Path) -
         (study, variant, seed)
         for study in studies
         for seed in (seeds if seeds is not None else study.seeds)
-        for variant in study.here(scale)
+        for variant in study.variants_at(scale)
     ]
     jobs: dict[str, Job] = {}
     for study, variant, seed in sorted(needs, key=lambda need: need[2]):
@@ -136,34 +141,32 @@ def listing(jobs: list[Job], everything: list[Job], width: int) -> str:
 
 
 def work(pipe: connection.Connection, device: str, start_method: str) -> None:
-    """One process: a task after the other until None; answers each with None or with what went wrong."""
+    """One process: job after job until the pipe is closed; answers each with None or with what went wrong."""
     set_start_method(start_method, force=True)  # a spawned process would spawn its own, each importing torch
     import torch
 
     torch.set_num_threads(1)
-    try:
-        for recipe, folder in iter(pipe.recv, None):
-            for signum in (signal.SIGINT, signal.SIGTERM):  # a run that has ended left its own
-                signal.signal(signum, stop)
-            pipe.send(problem_of(recipe, folder, device))
-    except (Interrupted, EOFError):  # EOFError: the parent is gone
-        return
+    with suppress(Interrupted, EOFError, BrokenPipeError):  # stopped, or the parent is gone
+        while True:
+            for signum in (signal.SIGINT, signal.SIGTERM):  # a run that has ended left its handlers
+                signal.signal(signum, interrupt)
+            pipe.send(problem_of(pipe.recv(), device))
 
 
-def stop(signum: int, frame) -> None:
+def interrupt(signum: int, frame) -> None:
     raise Interrupted(signum)
 
 
-def problem_of(recipe: Recipe, folder: Path | None, device: str) -> str | None:
-    """Live through a recipe, or without a folder pretrain its base model; -> what went wrong."""
+def problem_of(job: Job, device: str) -> str | None:
+    """Do a job; -> what went wrong."""
     from fomo.pretrain import pretrain_scale
     from fomo.update import run_recipe
 
     try:
-        if folder is None:
-            pretrain_scale(recipe, None, device)
+        if job.folder is None:
+            pretrain_scale(job.recipe, None, device)
         else:
-            run_recipe(recipe, folder, resume=True, device=device)
+            run_recipe(job.recipe, job.folder, resume=True, device=device)
     except Interrupted:
         raise
     except Exception as error:  # whatever it is, the other runs go on
@@ -171,28 +174,27 @@ def problem_of(recipe: Recipe, folder: Path | None, device: str) -> str | None:
 
 
 class Workers:
-    """Processes that live as long as the `with` block: importing torch costs more than a short run."""
+    """Up to `count` processes as long as the `with` block: importing torch costs more than a short run."""
 
     def __init__(self, count: int, device: str):
         self.count, self.device, self.signum = count, device, 0
-        self.pipes: dict[connection.Connection, BaseProcess] = {}
+        self.processes: dict[connection.Connection, BaseProcess] = {}
 
     def __enter__(self) -> "Workers":
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def note(self, signum: int, frame) -> None:
+    def stop(self, signum: int, frame) -> None:
         """Let every process save its run; a second signal ends them at once."""
-        for process in self.pipes.values():
+        for process in self.processes.values():
             process.kill() if self.signum else process.terminate()
         self.signum = signum
 
     def __exit__(self, *exception) -> None:
-        for pipe, process in self.pipes.items():
-            with suppress(BrokenPipeError):  # it has ended by itself
-                pipe.send(None)
+        for pipe, process in self.processes.items():
+            pipe.close()
             process.join()
-        for signum, handler in self.before.items():
+        for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
 
     def start(self) -> connection.Connection:
@@ -203,30 +205,28 @@ class Workers:
         process.start()
         del os.environ["TQDM_DISABLE"]
         theirs.close()
-        self.pipes[ours] = process
+        self.processes[ours] = process
         return ours
 
-    def do(self, tasks: dict[object, tuple]) -> Iterator[tuple[object, str | None]]:
-        """Hand out `tasks` (name -> what `work` takes); -> (name, what went wrong) as they come in."""
-        waiting, busy = list(tasks.items()), {}
-        idle = [pipe for pipe, process in self.pipes.items() if process.is_alive()]
+    def do(self, jobs: list[Job]) -> Iterator[tuple[Job, str | None]]:
+        """Hand out jobs; -> (job, what went wrong) as they come in."""
+        waiting, busy, idle = list(jobs), {}, list(self.processes)
         while (waiting or busy) and not self.signum:
             while waiting and len(busy) < self.count:
                 pipe = idle.pop() if idle else self.start()
-                name, task = waiting.pop(0)
-                pipe.send(task)
-                busy[pipe] = name
+                busy[pipe] = waiting.pop(0)
+                pipe.send(busy[pipe])
             for pipe in connection.wait(list(busy), timeout=1):
-                name = busy.pop(pipe)
+                job = busy.pop(pipe)
                 try:
                     problem = pipe.recv()
                     idle.append(pipe)
                 except EOFError:  # killed, as by the system for its memory
-                    process = self.pipes.pop(pipe)
+                    process = self.processes.pop(pipe)
                     process.join()
                     problem = f"its process died with status {process.exitcode}"
                 if not self.signum:
-                    yield name, problem
+                    yield job, problem
 
 
 def run_jobs(jobs: list[Job], width: int, device: str) -> dict[str, str]:
@@ -234,41 +234,39 @@ def run_jobs(jobs: list[Job], width: int, device: str) -> dict[str, str]:
     for path, text in {path: text for job in jobs for path, text in job.files.items()}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())
-    to_do = {job.folder.name: job for job in jobs if not job.finished}
-    failed: dict[str, str] = {}
+    runs = [job for job in jobs if not job.finished]
+    models = base_models(runs)
+    total, failed = len(models) + len(runs), {}
     form = "{desc} |{bar}| {percentage:.0f} %, {elapsed} gone, {remaining} to go"
-    with Workers(min(width, max(1, len(to_do))), device) as workers:
-        models = base_models(list(to_do.values()))
-        with tqdm(total=len(models), desc="base models", bar_format=form, disable=not models) as bar:
-            for name, problem in workers.do({key: (recipe, None) for key, recipe in models.items()}):
-                if problem:  # its runs will say so as well
-                    bar.write(f"base model {name}: {problem}", file=sys.stderr)
-                bar.update()
-        total = sum(job.hours for job in to_do.values())
-        with tqdm(total=total, bar_format=form, disable=not to_do or workers.signum > 0) as bar:
-            tasks = {key: (job.recipe, job.folder) for key, job in to_do.items()}
-            for done, (name, problem) in enumerate(workers.do(tasks), 1):
-                job = to_do[name]
-                if problem:
-                    failed[name] = f"{job.label}: {problem}"
-                    bar.write(f"{job.folder}: {failed[name]}", file=sys.stderr)
-                else:
-                    for scrap in ONLY_TO_RESUME:
-                        shutil.rmtree(job.folder / scrap, ignore_errors=True)
-                bar.set_description(f"{done} of {len(to_do)} runs", refresh=False)
-                bar.update(job.hours)
+    with (
+        Workers(min(width, max(1, len(runs))), device) as workers,
+        tqdm(total=sum(job.hours for job in [*models, *runs]), bar_format=form, disable=not runs) as bar,
+    ):
+        results = chain(workers.do(models), workers.do(runs))  # a model is there before a run needs it
+        for done, (job, problem) in enumerate(results, 1):
+            if problem:
+                bar.write(f"{job.folder or job.label}: {job.label}: {problem}", file=sys.stderr)
+            if job.folder and problem:
+                failed[job.folder.name] = f"{job.label}: {problem}"
+            elif job.folder:
+                for name in ONLY_TO_RESUME:
+                    shutil.rmtree(job.folder / name, ignore_errors=True)
+            bar.set_description(f"{done} of {total} models and runs", refresh=False)
+            bar.update(job.hours)
     if workers.signum:
         raise Interrupted(workers.signum, "the same command goes on from here")
     return failed
 
 
-def base_models(jobs: list[Job]) -> dict[str, Recipe]:
-    """A recipe for each base model that has to be pretrained, so that two runs do not both train it."""
+def base_models(runs: list[Job]) -> list[Job]:
+    """A job for each base model that has to be pretrained, so that two runs do not both train it."""
     from fomo.datasets.cache import cache_root
     from fomo.pretrain import settings_hash
 
-    models = {settings_hash(job.recipe.model): job.recipe for job in jobs if job.recipe.model.pretraining}
-    return {key: recipe for key, recipe in models.items() if not (cache_root() / "models" / key).exists()}
+    models = {
+        settings_hash(run.recipe.model): Job(run.recipe) for run in runs if run.recipe.model.pretraining
+    }
+    return [job for key, job in models.items() if not (cache_root() / "models" / key).exists()]
 
 
 # --- the command -----------------------------------------------------------------------------------------
@@ -291,14 +289,14 @@ def reproduce(
     folder = Path(out).resolve() if out else Path("results").resolve() / Path(scale).stem
     studies = find_studies(names)
     everything = plan(studies, scale, seeds, folder)
-    own = part(everything, shard)
+    chosen = part(everything, shard)
     on_gpu = pick_device(device, None).type != "cpu"
     width = jobs or (1 if on_gpu else os.cpu_count() or 1)
     if dry_run:
-        return listing(own, everything, width)
+        return listing(chosen, everything, width)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "runs.csv", index(everything).encode())
-    failed = run_jobs(own, width, device)
+    failed = run_jobs(chosen, width, device)
     outcomes = [outcome(study, everything, scale, failed) for study in studies]
     findings = write_results(folder, outcomes, scale)
     if not (names or seeds or shard or out or failed):
@@ -306,18 +304,9 @@ def reproduce(
         write_document(ROOT.parent / "docs" / name, outcomes, findings, scale)
     if failed:
         named = "; ".join(f"{problem} (runs/{key})" for key, problem in failed.items())
-        raise Failure(f"{len(failed)} of {len(own)} runs failed, the others are in {folder}: {named}")
+        raise Failure(f"{len(failed)} of {len(chosen)} runs failed, the others are in {folder}: {named}")
     peaks = "".join(markdown(o.best_peaks()) + "\n" for o in outcomes if o.study.peaks)
     return f"{peaks}{tally(findings)}; {folder / 'report.html'}"
-
-
-def whole_numbers(option: str, text: str | None) -> list[int] | None:
-    """0,1,2 -> [0, 1, 2]."""
-    if text is None:
-        return None
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise UserError(f"{option} {text}: expected whole numbers, as in 0,1,2")
-    return list(dict.fromkeys(int(part) for part in text.split(",")))
 
 
 def index(jobs: list[Job]) -> str:
@@ -332,17 +321,17 @@ def index(jobs: list[Job]) -> str:
 
 def outcome(study: Study, jobs: list[Job], scale: str, failed: dict[str, str]) -> Outcome:
     """The finished runs of a study."""
-    lives: dict[str, dict[int, dict]] = {name: {} for name in study.here(scale)}
+    scores: dict[str, dict[int, dict]] = {name: {} for name in study.variants_at(scale)}
     seconds, broken = {}, set()
     for job in jobs:
-        mine = [(variant, seed) for name, variant, seed in job.needed_by if name == study.name]
+        users = [(variant, seed) for name, variant, seed in job.needed_by if name == study.name]
         if job.folder.name in failed:
-            broken.update(variant for variant, _ in mine)
-        if not mine or not job.finished:
+            broken.update(variant for variant, _ in users)
+        if not users or not job.finished:
             continue
         lines = job.evaluations()
-        life = {key: np.array([line[key] for line in lines], dtype=float) for key in SCORES}
-        for variant, seed in mine:
-            lives[variant][seed] = life
+        of_run = {key: np.array([line[key] for line in lines], dtype=float) for key in SCORED}
+        for variant, seed in users:
+            scores[variant][seed] = of_run
             seconds[variant, seed] = lines[-1]["seconds"]
-    return Outcome(study, study.here(scale), lives, seconds, frozenset(broken))
+    return Outcome(study, scores, seconds, frozenset(broken))

@@ -6,14 +6,14 @@
         says: EMA-merge keeps more than finetuning does.
         place: section 5.2, Fig. 7
         paper: null                                # the paper's own number, where it gives one
-        needs: ["zs(ema-merge) - zs(finetune) > 0.5"]      # all of them; see fomo/claims.py
+        needs: ["zs(ema-merge) - zs(finetune) > 0.5"]      # all of them; see fomo/guide/inequalities.py
     variants:                                      # by name, each a recipe with changes
       finetune: {recipe: ../methods/finetune.yaml}
       ema-merge: {recipe: ../methods/ema-merge.yaml, set: {method.keep: 0.9}}
       finetune-hot: {recipe: ../methods/finetune.yaml, times: {optimizer.lr: 10}}
 
-One file serves every scale: `times` multiplies what the scale says, and a variant's whole life costs the scale's
-budget however many updates it has, unless `times: {budget: 2}` says otherwise. What has to be named scale by
+One file serves every scale: `times` multiplies what the scale says, and all updates of a variant together cost the
+scale's budget however many there are, unless `times: {budget: 2}` says otherwise. What has to be named scale by
 scale, other models and pretraining pools, is in `scales` and `pools`, and a variant says which (`scale: large`,
 `pool: worse`); where the scale names none, the variant is left out.
 
@@ -38,8 +38,8 @@ from fomo.recipe import Recipe
 from fomo.schema import build, convert, one_of, read_yaml
 
 FOLDER = ROOT / "studies"
-APART = ("tune",)  # not among "all": it chooses the defaults that the others use
-PER_UPDATE = ("samples", "steps", "hours")  # budgets that are said per update; gflops is a life's
+APART = ("tune",)  # not one of "all": it chooses the defaults that the others use
+PER_UPDATE = ("samples", "steps", "hours")  # budgets of one update; gflops is that of all
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Claim:
 class Variant:
     recipe: str
     set: dict = field(default_factory=dict)  # {"method.keep": 0.9}
-    times: dict = field(default_factory=dict)  # {"optimizer.lr": 10}; "budget": of the whole life
+    times: dict = field(default_factory=dict)  # {"optimizer.lr": 10}; "budget": of all updates
     scale: str | None = None  # a name in the study's `scales`
     pool: str | None = None  # a name in the study's `pools`: what updates replay, on the same base model
 
@@ -79,16 +79,10 @@ class Study:
     def name(self) -> str:
         return self.path.stem
 
-    def here(self, scale: str) -> list[str]:
-        """The variants that exist at a scale."""
-        return [
-            name
-            for name, variant in self.variants.items()
-            if all(
-                said is None or said in files.get(scale, {})
-                for said, files in ((variant.scale, self.scales), (variant.pool, self.pools))
-            )
-        ]
+    def variants_at(self, scale: str) -> list[str]:
+        """The variants for which the scale has all files."""
+        scales, pools = {None, *self.scales.get(scale, {})}, {None, *self.pools.get(scale, {})}
+        return [name for name, v in self.variants.items() if v.scale in scales and v.pool in pools]
 
 
 def find_studies(names: tuple[str, ...] | list[str] = ()) -> list[Study]:
@@ -128,17 +122,15 @@ def with_peaks(study: Study) -> Study:
 
 def check(study: Study) -> None:
     """Everything that can be wrong with a study before its recipes are read."""
+    scales, pools = (
+        tuple(dict.fromkeys(name for files in by_scale.values() for name in files))
+        for by_scale in (study.scales, study.pools)
+    )
     for name, variant in study.variants.items():
-        for what, said, files in (
-            ("scale", variant.scale, study.scales),
-            ("pool", variant.pool, study.pools),
-        ):
-            if said is not None:
-                one_of(
-                    f"variants.{name}.{what}",
-                    said,
-                    tuple(dict.fromkeys(k for f in files.values() for k in f)),
-                )
+        if variant.scale is not None:
+            one_of(f"variants.{name}.scale", variant.scale, scales)
+        if variant.pool is not None:
+            one_of(f"variants.{name}.pool", variant.pool, pools)
     for claim in study.claims:
         for text in claim.needs:
             try:
@@ -153,11 +145,8 @@ def resolve(study: Study, name: str, scale: str, seed: int, folder: Path) -> tup
     """-> the complete recipe of a variant, and the data files to be written for its seed, in `folder`."""
     variant = study.variants[name]
     path = study.path.parent / variant.recipe
-    size, pool = scale, None
-    if variant.scale is not None:
-        size = named_file(study.scales[scale][variant.scale], study.path)
-    if variant.pool is not None:
-        pool = study.pools[scale][variant.pool]
+    size = scale if variant.scale is None else beside(study.path, study.scales[scale][variant.scale])
+    pool = None if variant.pool is None else study.pools[scale][variant.pool]
     overrides = [f"{key}={json.dumps(value)}" for key, value in variant.set.items()]
     try:
         plain = load(path, scale=size)
@@ -170,13 +159,13 @@ def resolve(study: Study, name: str, scale: str, seed: int, folder: Path) -> tup
         raise UserError(f"{study.path}: variants.{name}: {error}") from None
 
 
-def named_file(said: str, beside: Path) -> str:
-    """A scale by its name, or by a file relative to the study."""
-    return str(beside.parent / said) if said.endswith((".yaml", ".yml")) else said
+def beside(path: Path, scale: str) -> str:
+    """A scale by its name, or by a file relative to that of the study."""
+    return str(path.parent / scale) if scale.endswith((".yaml", ".yml")) else scale
 
 
 def multiply(values: dict, plain: Recipe, times: dict) -> None:
-    """Apply `times`, and share a life's budget out over its updates; in place."""
+    """Apply `times`, and share the budget of all updates out among them; in place."""
     factors = {key: convert(value, float, f"times.{key}") for key, value in times.items()}
     of_budget = factors.pop("budget", 1.0)
     for key, factor in factors.items():
@@ -198,13 +187,13 @@ def scaled(value: float, factor: float) -> float:
 
 
 def reseed(values: dict, seed: int, pool: list | None, folder: Path) -> dict[Path, str]:
-    """Let the base model and the rendered pictures be the seed's own, and the pool replayed be `pool`. In place;
+    """Let the base model and the rendered pictures depend on the seed, and the pool replayed be `pool`. In place;
     -> the data files that this takes. Seed 0 is the files as they are.
     """
     files: dict[Path, str] = {}
     pretraining = values["model"]["pretraining"]
-    for section, its_pool in ((values, pool), (pretraining or {}, None)):
-        text = section and data_text(Path(section["data"]), seed, json.dumps(its_pool))
+    for section, replayed in ((values, pool), (pretraining or {}, None)):
+        text = section and data_text(Path(section["data"]), seed, json.dumps(replayed))
         if text:
             digest = hashlib.sha256(text.encode()).hexdigest()[:6]
             copy = folder / f"{Path(section['data']).stem}-seed{seed}-{digest}.yaml"
@@ -215,15 +204,15 @@ def reseed(values: dict, seed: int, pool: list | None, folder: Path) -> dict[Pat
 
 
 @cache
-def data_text(path: Path, seed: int, its_pool: str) -> str | None:
+def data_text(path: Path, seed: int, replayed: str) -> str | None:
     """A data file with another pretraining pool (JSON) and `seed` in every rendered source; None: as it is."""
-    values, pool = read_yaml(path), json.loads(its_pool)
+    values, pool = read_yaml(path), json.loads(replayed)
     if pool is not None:
         values["pretraining"] = pool
     named = [values.get("adaptation") or {}, values.get("evaluation") or {}]
     entries = [*(values.get("pretraining") or []), *(entry for group in named for entry in group.values())]
-    worlds = [entry for entry in entries if entry.get("source") == "world"]
-    if pool is None and not (worlds and seed):
+    rendered = [entry for entry in entries if entry.get("source") == "world"]
+    if pool is None and not (rendered and seed):
         return None
     for entry in entries:
         for key in PATHS:
@@ -231,6 +220,6 @@ def data_text(path: Path, seed: int, its_pool: str) -> str | None:
                 problem = f"{key} {entry[key]!r} is relative, and the study's copy of the file lies elsewhere"
                 raise UserError(f"{path}: {problem}; start it with a variable such as ${{FOMO_DATA}}")
     if seed:
-        for entry in worlds:
+        for entry in rendered:
             entry["seed"] = seed
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

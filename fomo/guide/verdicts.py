@@ -1,7 +1,7 @@
 """What a reproduction found: a verdict for every claim, and the tables and pictures of every study.
 
-claims.csv is for scripts, claims.md and report.html are for readers, and docs/reproduction.md is the first of
-them with the machine and the commands, written when everything was run into the default folder.
+claims.csv is for scripts, report.html for readers, and docs/reproduction.md says the same with the machine and the
+commands; it is written when everything was run into the default folder.
 """
 
 import csv
@@ -10,21 +10,55 @@ import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from fomo.atomic import write_atomically
-from fomo.guide.inequalities import JOINT, Decision, Lives, decide, deciding, verdict_of
+from fomo.guide.inequalities import (
+    FAILS,
+    HOLDS,
+    JOINT,
+    OPEN,
+    SCORED,
+    Comparison,
+    Decision,
+    ScoresBySeed,
+    decide,
+)
 from fomo.guide.studies import Claim, Study
 from fomo.report.columns import deviation, number
-from fomo.report.figures import SCORES, Curve, plane_figure
+from fomo.report.figures import Curve, plane_figure
 from fomo.report.page import Card, html_page, picture
 
 COLUMNS = ("claim", "study", "paper", "verdict", "effect", "low", "high", "n", "seconds")
 FAILED, UNFINISHED, UNTESTED = "failed", "unfinished", "not tested"
-SETTLED = ("holds", "does not hold", "undecided")
+BY_WEIGHT = (
+    UNTESTED,
+    FAILED,
+    UNFINISHED,
+    FAILS,
+    OPEN,
+    HOLDS,
+)  # a claim's verdict: its inequalities' first of these
 PER_PLANE = 6  # curves that a reader tells apart
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one inequality."""
+
+    comparison: Comparison
+    verdict: str
+    decision: Decision | None = None
+
+    def effect(self) -> str:
+        """+1.2 [0.4, 2.0], without an interval where there is one seed."""
+        if self.decision is None:
+            return ""
+        interval = " [{:.1f}, {:.1f}]".format(*self.decision.interval) if self.decision.interval else ""
+        return f"{self.decision.effect:+.1f}{interval}"
 
 
 @dataclass(frozen=True)
@@ -33,25 +67,33 @@ class Finding:
 
     claim: Claim
     study: Study
-    verdict: str
-    decision: Decision | None  # of the inequality on which it rests
+    results: list[Result]  # of its inequalities
     seconds: float  # of all runs that it compares
 
-    def row(self) -> dict[str, str]:
+    @property
+    def verdict(self) -> str:
+        """A claim holds if all that it needs holds, and does not if any of it does not."""
+        found = {result.verdict for result in self.results}
+        return next(verdict for verdict in BY_WEIGHT if verdict in found)
+
+    @property
+    def deciding(self) -> Result:
+        """The inequality on which the verdict rests: of those that share it, the one furthest from holding."""
+        share = [result for result in self.results if result.verdict == self.verdict]
+        return min(share, key=lambda result: result.decision.slack if result.decision else 0.0)
+
+    @property
+    def n(self) -> int:
+        """Seeds on which the verdict rests."""
+        return len(self.deciding.decision.seeds) if self.deciding.decision else 0
+
+    def row(self) -> list[str]:
         """As in claims.csv."""
-        decision = self.decision
-        low, high = (decision and decision.interval) or (None, None)
-        return {
-            "claim": self.claim.id,
-            "study": self.study.name,
-            "paper": self.claim.paper or "",
-            "verdict": self.verdict,
-            "effect": f"{decision.effect:.3f}" if decision else "",
-            "low": "" if low is None else f"{low:.3f}",
-            "high": "" if high is None else f"{high:.3f}",
-            "n": str(len(decision.seeds)) if decision else "0",
-            "seconds": f"{self.seconds:.0f}",
-        }
+        decision = self.deciding.decision
+        numbers = [decision.effect, *(decision.interval or [])] if decision else []
+        effect, low, high = [f"{value:.3f}" for value in numbers] + [""] * (3 - len(numbers))
+        paper, n, seconds = self.claim.paper or "", str(self.n), f"{self.seconds:.0f}"
+        return [self.claim.id, self.study.name, paper, self.verdict, effect, low, high, n, seconds]
 
 
 @dataclass(frozen=True)
@@ -59,11 +101,11 @@ class Outcome:
     """A study with the runs that have finished, at one scale."""
 
     study: Study
-    here: list[str]  # its variants at this scale
-    lives: Lives
+    scores: Mapping[str, ScoresBySeed]  # of the variants that exist at this scale
     seconds: Mapping[tuple[str, int], float]  # (variant, seed) -> of its run
     failed: frozenset[str] = frozenset()  # variants of which a run failed
 
+    @cached_property
     def findings(self) -> list[Finding]:
         return [self.judge(claim) for claim in self.study.claims]
 
@@ -71,43 +113,45 @@ class Outcome:
         comparisons = claim.comparisons()
         compared = {variant for comparison in comparisons for variant in comparison.mentioned}
         spent = sum(seconds for (variant, _), seconds in self.seconds.items() if variant in compared)
-        decisions = [decide(comparison, self.lives) for comparison in comparisons]
-        for problem, verdict in ((compared - set(self.here), UNTESTED), (compared & self.failed, FAILED)):
-            if problem:
-                return Finding(claim, self.study, verdict, None, spent)
-        if None in decisions:
-            return Finding(claim, self.study, UNFINISHED, None, spent)
-        return Finding(claim, self.study, verdict_of(decisions), deciding(decisions), spent)
+        return Finding(claim, self.study, [self.result(comparison) for comparison in comparisons], spent)
 
-    def scores(self, variant: str, key: str, update: int = -1) -> np.ndarray:
+    def result(self, comparison: Comparison) -> Result:
+        mentioned = set(comparison.mentioned)
+        if mentioned - self.scores.keys():
+            return Result(comparison, UNTESTED)
+        if mentioned & self.failed:
+            return Result(comparison, FAILED)
+        decision = decide(comparison, self.scores)
+        return Result(comparison, decision.verdict, decision) if decision else Result(comparison, UNFINISHED)
+
+    def of_runs(self, variant: str, key: str, update: int = -1) -> np.ndarray:
         """A score of each of the variant's runs, (S,)."""
-        return np.array([life[key][update] for life in self.lives.get(variant, {}).values()])
+        return np.array([scores[key][update] for scores in self.scores.get(variant, {}).values()])
 
     def rows(self) -> list[list[str]]:
         """A row for the untouched model and for every variant: KA, ZS, GM and the number of runs."""
-        rows = [["variant", *(key.upper() for key in SCORES), "n"]]
-        if some := next((name for name in self.here if self.lives.get(name)), None):
-            rows.append(["untouched model", *(shown(self.scores(some, key, 0)) for key in SCORES), ""])
-        for name in self.here:
-            n = f"{len(self.lives.get(name, {}))}" + (", failed" if name in self.failed else "")
-            rows.append([name, *(shown(self.scores(name, key)) for key in SCORES), n])
+        rows = [["variant", *(key.upper() for key in SCORED), "n"]]
+        if first := next((name for name, runs in self.scores.items() if runs), None):
+            rows.append(["untouched model", *(shown(self.of_runs(first, key, 0)) for key in SCORED), ""])
+        for name, runs in self.scores.items():
+            n = f"{len(runs)}" + (", failed" if name in self.failed else "")
+            rows.append([name, *(shown(self.of_runs(name, key)) for key in SCORED), n])
         return rows
 
     def needs_rows(self) -> list[list[str]]:
         """A row for every inequality of the claims."""
-        rows = []
-        for claim in self.study.claims:
-            for comparison in claim.comparisons():
-                decision = decide(comparison, self.lives)
-                verdict = decision.verdict if decision else UNFINISHED
-                rows.append([claim.id, comparison.text, effect_of(decision), verdict])
+        rows = [
+            [finding.claim.id, result.comparison.text, result.effect(), result.verdict]
+            for finding in self.findings
+            for result in finding.results
+        ]
         return [["claim", "needs", "effect [95 %]", "verdict"], *rows] if rows else []
 
     def grid_rows(self) -> list[list[str]]:
         """The study's grid: GM of the variant at each place."""
         titles = list(next(iter(self.study.grid.values()), {}))
         body = [
-            [row, *(shown(self.scores(cells[title], "gm")) for title in titles)]
+            [row, *(shown(self.of_runs(cells[title], "gm")) for title in titles)]
             for row, cells in self.study.grid.items()
         ]
         return [["GM", *titles], *body] if body else []
@@ -116,7 +160,7 @@ class Outcome:
         """For each of the study's ladders the peak learning rate of the highest GM, and all of its trials."""
         rows = []
         for name, peaks in self.study.peaks.items():
-            means = {float(p): self.scores(f"{name}@{float(p):g}", "gm") for p in peaks}
+            means = {float(p): self.of_runs(f"{name}@{float(p):g}", "gm") for p in peaks}
             known = {peak: scores.mean() for peak, scores in means.items() if len(scores)}
             best = f"{max(known, key=known.get):g}" if known else ""
             trials = ", ".join(f"{peak:g}: {score:.1f}" for peak, score in known.items())
@@ -126,7 +170,7 @@ class Outcome:
 
     def planes(self) -> list[str]:
         """Pictures of the KA-ZS plane, so many that curves can be told apart; control and joint are in each."""
-        curves = {name: curve(name, self.lives[name]) for name in self.here if self.lives.get(name)}
+        curves = {name: curve(name, runs) for name, runs in self.scores.items() if runs}
         always = [curves.pop(name) for name in ("control", JOINT) if name in curves]
         others, step = list(curves.values()), PER_PLANE - 1
         groups = [[*others[i : i + step], *always] for i in range(0, max(len(others), 1), step)]
@@ -139,16 +183,8 @@ def shown(of_runs: np.ndarray) -> str:
     return number(of_runs) if len(of_runs) else ""
 
 
-def effect_of(decision: Decision | None) -> str:
-    """+1.2 [0.4, 2.0], without an interval where there is one seed."""
-    if decision is None:
-        return ""
-    interval = " [{:.1f}, {:.1f}]".format(*decision.interval) if decision.interval else ""
-    return f"{decision.effect:+.1f}{interval}"
-
-
-def curve(name: str, lives: Mapping[int, Mapping[str, np.ndarray]]) -> Curve:
-    values = {key: np.stack([life[key] for life in lives.values()]) for key in SCORES}  # (S, U)
+def curve(name: str, runs: ScoresBySeed) -> Curve:
+    values = {key: np.stack([scores[key] for scores in runs.values()]) for key in SCORED}  # (S, U)
     return Curve(
         label=name,
         updates=list(range(values["ka"].shape[1])),
@@ -162,16 +198,13 @@ def curve(name: str, lives: Mapping[int, Mapping[str, np.ndarray]]) -> Curve:
 
 
 def write_results(out: Path, outcomes: list[Outcome], scale: str) -> list[Finding]:
-    """claims.csv, claims.md and report.html in `out`; -> the findings, in the order of the claims."""
-    findings = [finding for outcome in outcomes for finding in outcome.findings()]
+    """claims.csv and report.html in `out`; -> the findings, in the order of the claims."""
+    findings = [finding for outcome in outcomes for finding in outcome.findings]
     findings.sort(key=lambda finding: rank(finding.claim.id))
     text = io.StringIO()
-    lines = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    lines.writeheader()
-    lines.writerows(finding.row() for finding in findings)
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(finding.row() for finding in findings)])
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "claims.csv", text.getvalue().encode())
-    write_atomically(out / "claims.md", claims_page(findings, scale).encode())
     write_atomically(out / "report.html", results_page(outcomes, findings, scale))
     return findings
 
@@ -184,40 +217,27 @@ def rank(claim: str) -> tuple[int, int, str]:
 
 
 def tally(findings: list[Finding]) -> str:
-    """12 hold, 3 do not hold, ..., the undecided counted in the open."""
+    """12 holds, 3 does not hold, ..., the undecided counted in the open."""
     verdicts = [finding.verdict for finding in findings]
-    kinds = [*SETTLED, *(kind for kind in (FAILED, UNFINISHED, UNTESTED) if kind in verdicts)]
-    return ", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds)
+    words = [HOLDS, FAILS, OPEN, *(word for word in (FAILED, UNFINISHED, UNTESTED) if word in verdicts)]
+    return ", ".join(f"{verdicts.count(word)} {word}" for word in words)
 
 
 def claims_rows(findings: list[Finding]) -> list[list[str]]:
-    head = ["claim", "says", "verdict", "effect [95 %]", "needs", "paper", "n", "study"]
-    rows = [
-        [
-            finding.claim.id,
-            f"{finding.claim.says} ({finding.claim.place})",
-            finding.verdict,
-            effect_of(finding.decision),
-            finding.decision.comparison.text if finding.decision else "",
-            finding.claim.paper or "",
-            finding.row()["n"],
-            finding.study.name,
-        ]
-        for finding in findings
-    ]
-    return [head, *rows]
+    rows = [["claim", "says", "verdict", "effect [95 %]", "needs", "paper", "n", "study"]]
+    for finding in findings:
+        claim, deciding = finding.claim, finding.deciding
+        says, effect = f"{claim.says} ({claim.place})", deciding.effect()
+        found = [finding.verdict, effect, deciding.comparison.text, claim.paper or "", str(finding.n)]
+        rows.append([claim.id, says, *found, finding.study.name])
+    return rows
 
 
 METHOD = """\
 Each claim was written down with its inequalities and margins before any run. Effects are points; `needs` is the
 inequality on which the verdict rests. Intervals are 95 %, paired over seeds, with a standard deviation pooled over
-the variants of the study (`fomo/claims.py`). A seed varies the stream, the base model and the pictures of the
-rendered world. With one seed every claim is undecided."""
-
-
-def claims_page(findings: list[Finding], scale: str) -> str:
-    title = f"# The guide's claims at scale `{Path(scale).stem}`"
-    return f"{title}\n\n{tally(findings)}.\n\n{METHOD}\n\n{markdown(claims_rows(findings))}\n"
+the variants of the study (`fomo/guide/inequalities.py`). A seed varies the stream, the base model and the pictures
+of the rendered world. With one seed every claim is undecided."""
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -231,7 +251,7 @@ def results_page(outcomes: list[Outcome], findings: list[Finding], scale: str) -
     title = f"The guide's claims at scale {Path(scale).stem}"
     note = f"{tally(findings)}. {METHOD.replace('`', '')}"
     cards = [Card(title, note, tables=[claims_rows(findings)])] if findings else []
-    note = "Percent at the end of the life, mean ± standard deviation over n seeds."
+    note = "Percent after the last update, mean ± standard deviation over n seeds."
     for outcome in outcomes:
         study = outcome.study.title
         cards.append(Card(study, note, figures=outcome.planes(), tables=tables_of(outcome)))

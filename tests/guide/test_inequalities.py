@@ -8,17 +8,15 @@ import pytest
 from fomo.guide.inequalities import (
     above_line,
     decide,
-    deciding,
     half_width,
     measured,
     parse,
     student,
-    verdict_of,
 )
 
 
-def lives_of(**scores):
-    """Variant -> the end scores (KA) by seed; every life starts at KA 10, ZS 50 and has two updates."""
+def scores_of(**ends_by_variant):
+    """Variant -> the end scores (KA) by seed; every run starts at KA 10, ZS 50 and has two updates."""
     return {
         name.replace("_", "-"): {
             seed: {
@@ -28,7 +26,7 @@ def lives_of(**scores):
             }
             for seed, end in enumerate(ends)
         }
-        for name, ends in scores.items()
+        for name, ends in ends_by_variant.items()
     }
 
 
@@ -69,15 +67,18 @@ def test_moments_of_one_variant_are_one_pattern():
     "text, problem",
     [
         ("ka(a) - kz(b) > 0", "column 9: unknown metric 'kz', accepted: ka, zs, gm, line"),
-        ("ka.last(a) > 0", "column 1: unknown moment 'last', accepted: end, area, first, peak, start, swing"),
+        ("ka.last(a) > 0", "column 1: unknown moment 'last', accepted: end, area"),
         ("line.peak(a) > 0", "column 1: unknown moment 'peak', accepted: none for line"),
-        ("ka(a) - > 0", "column 9: expected a number or METRIC"),
-        ("ka(a) - ka(b)", "column 14: expected < or >"),
-        ("ka(a) > 0 > 1", "column 11: expected the end"),
-        ("ka(a) $ 1", "column 7: expected a number, METRIC"),
-        ("|ka(a)| > 1", "column 9: expected <"),
-        ("|ka(a)| < ka(b)", "expected |METRIC(variant) ...| < number"),
-        ("1 > 0", "compares no scores"),
+        ("ka(a) - > 0", "column 9: "),
+        ("ka(finetune) >", "column 15: "),
+        ("ka(a) - ka(b)", "column 1: expected one < or >"),
+        ("ka(a) > 0 > 1", "column 13: "),
+        ("ka(a) $ 1", "column 7: "),
+        ("ka(lora-64, b) > 1", "column 1: "),
+        ("|ka(a)| > 1", "column 1: expected |METRIC(variant) ...| < number"),
+        ("|ka(a)| < ka(b)", "column 1: "),
+        ("|ka(a)| + 1 < 3", "column 1: "),
+        ("ka(a) - ka(a) > 0", "compares no scores"),
         ("ka(a) - zs(b) > 0", "b is measured by another combination than a"),
     ],
 )
@@ -94,8 +95,8 @@ def test_what_cannot_be_read_is_named_with_its_column(text, problem):
     "moment, value", [("end", 7), ("area", 6), ("first", 3), ("peak", 8), ("start", 1), ("swing", 8 / 3)]
 )
 def test_moments_by_hand(moment, value):
-    lives = {"a": {0: {"ka": np.array([1.0, 3, 8, 7])}}}
-    assert measured(parse(f"ka.{moment}(a) > 0"), lives, "a", 0) == pytest.approx(value)
+    scores = {"a": {0: {"ka": np.array([1.0, 3, 8, 7])}}}
+    assert measured(parse(f"ka.{moment}(a) > 0"), scores, "a", 0) == pytest.approx(value)
 
 
 def test_the_distance_from_the_trade_off_line_by_hand():
@@ -171,8 +172,8 @@ def test_intervals_cover_the_truth_95_times_in_100(weights, seed_effect):
 )
 def test_verdicts_compare_the_interval_with_the_margin(text, verdict):
     """a - b is 5.1, 4.9 and 5.0: a mean of 5 and a deviation of 0.1."""
-    lives = lives_of(a=[30.1, 35.0, 31.9], b=[25.0, 30.1, 26.9])
-    decision = decide(parse(text), lives)
+    scores = scores_of(a=[30.1, 35.0, 31.9], b=[25.0, 30.1, 26.9])
+    decision = decide(parse(text), scores)
     low, high = decision.interval
     assert low < abs(decision.effect) * np.sign(low) < high and (high - low) / 2 == pytest.approx(
         4.302653 * 0.1 * math.sqrt(1 / 3), rel=0.01
@@ -181,24 +182,13 @@ def test_verdicts_compare_the_interval_with_the_margin(text, verdict):
 
 
 def test_one_seed_leaves_everything_undecided():
-    decision = decide(parse("ka(a) - ka(b) > 1"), lives_of(a=[90.0], b=[10.0]))
+    decision = decide(parse("ka(a) - ka(b) > 1"), scores_of(a=[90.0], b=[10.0]))
     assert decision.verdict == "undecided" and decision.effect == 80 and decision.interval is None
 
 
 def test_only_seeds_that_all_compared_variants_have_count():
-    lives = lives_of(a=[30.0, 31, 32], b=[20.0, 21, 22.5], other=[1.0])
-    del lives["b"][0]
-    assert decide(parse("ka(a) - ka(b) > 1"), lives).seeds == [1, 2]
-    del lives["b"][1], lives["b"][2]
-    assert decide(parse("ka(a) - ka(b) > 1"), lives) is None
-
-
-def test_a_claim_rests_on_its_weakest_inequality():
-    lives = lives_of(a=[30.1, 35.0, 31.9], b=[25.0, 30.1, 26.9])
-    clear, close, wrong, worse = (
-        decide(parse(f"ka(a) - ka(b) > {margin}"), lives) for margin in (1, 5.01, 7, 9)
-    )
-    assert verdict_of([clear]) == "holds"
-    assert verdict_of([clear, close]) == "undecided" and deciding([clear, close]) is close
-    assert verdict_of([clear, wrong, close]) == "does not hold"
-    assert deciding([clear, wrong, worse, close]) is worse
+    scores = scores_of(a=[30.0, 31, 32], b=[20.0, 21, 22.5], other=[1.0])
+    del scores["b"][0]
+    assert decide(parse("ka(a) - ka(b) > 1"), scores).seeds == [1, 2]
+    del scores["b"][1], scores["b"][2]
+    assert decide(parse("ka(a) - ka(b) > 1"), scores) is None

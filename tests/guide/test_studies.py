@@ -42,15 +42,15 @@ def claim(*needs: str) -> dict:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_shipped_study_resolves_at_every_scale(tmp_path, name, scale):
     (study,) = find_studies([name])
-    here = study.here(scale)
-    for of_variant in here:
+    present = study.variants_at(scale)
+    for of_variant in present:
         recipe, files = resolve(study, of_variant, scale, study.seeds[0], tmp_path)
         assert recipe.evaluation.keep_weights == 1 and not recipe.evaluation.frozen
         assert not [path for path in files if path.parent != tmp_path]
     if scale == "tiny":
-        assert here == list(study.variants) or name == "model-scale"  # which has five sizes at b16
+        assert present == list(study.variants) or name == "model-scale"  # which has five sizes at b16
     compared = {v for c in study.claims for comparison in c.comparisons() for v in comparison.mentioned}
-    assert compared <= set(here) or (name, scale) == ("model-scale", "tiny")
+    assert compared <= set(present) or (name, scale) == ("model-scale", "tiny")
 
 
 def test_every_claim_of_the_guide_has_a_study():
@@ -136,7 +136,7 @@ def test_another_pool_is_replayed_on_the_same_base_model(tmp_path):
 def test_a_variant_that_the_scale_has_no_file_for_is_left_out(tmp_path):
     says = {"recipe": str(RECIPES / "finetune.yaml"), "scale": "large"}
     study = study_of(tmp_path, variants={"big": says}, scales={"tiny": {"large": "tiny-wide"}})
-    assert study.here("tiny") == ["big"] and study.here("b32") == []
+    assert study.variants_at("tiny") == ["big"] and study.variants_at("b32") == []
     recipe, _ = resolve(study, "big", "tiny", 0, tmp_path)
     assert recipe.model.config["embed_dim"] == 128
 
