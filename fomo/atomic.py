@@ -164,7 +164,9 @@ def locked(name: str, wait: bool = True) -> Iterator[None]:
 
 
 def remove_stale(parent: Path) -> None:
-    """Unfinished folders that no living process is working on."""
+    """Unfinished folders of the cache that no living process is working on."""
+    if cache_root() not in parent.parents:
+        return  # a folder of the user's, in which others may have such names
     for part in parent.glob("*.part"):
         try:
             with locked(part.stem, wait=False):

@@ -1,25 +1,21 @@
-"""Recipes from YAML: scale < recipe < command line; a mistake is one line that names the file and the field."""
+"""Recipes from YAML, in layers: scale < fitted to the data < recipe file < command line.
 
-import typing
+A mistake is one line that names the layer it is in and the field.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 
 import yaml
 
 from fomo.errors import FieldError, UserError
 from fomo.recipe import BUDGETS, Optimizer, Recipe
-from fomo.schema import NOT_YAML, build, locate, one_of, read_yaml, sections
+from fomo.schema import NOT_YAML, Count, Positive, build, convert, locate, one_of, read_yaml
 
 PRETRAINED_LR = 1e-5  # peak for open_clip's models, at batch 512 (paper, section 6.1)
 ROOT = Path(__file__).resolve().parents[1] / "recipes"
-
-
-def locate_fields(values: dict, file: Path) -> None:
-    """Make the paths that `file` says absolute, in place."""
-    model, stream = values.get("model"), values.get("stream")
-    pretraining = model.get("pretraining") if isinstance(model, dict) else None
-    for section, key in ((values, "data"), (pretraining, "data"), (stream, "file"), (stream, "counts")):
-        if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = locate(section[key], file)
 
 
 def load(
@@ -29,66 +25,115 @@ def load(
     model: str | None = None,
     data: str | None = None,
     seed: int | None = None,
-    overrides: typing.Sequence[str] = (),
+    overrides: Sequence[str] = (),
     fitted: dict | None = None,
 ) -> Recipe:
     """Read a recipe with its scale and the command line's overrides ("key.path=value").
 
-    fitted: what suits the data (own.py), over the scale's choice and under the recipe's.
+    fitted: fields that suit the data, with `defaults` as a scale has them (datasets/infer.py).
     """
-    recipe_path = Path(path) if path else None
-    said = sections(Recipe, read_yaml(recipe_path), recipe_path) if recipe_path else {}
-    if recipe_path:
-        locate_fields(said, recipe_path)
-    line: dict = {}
-    for override in overrides:
-        set_path(line, override)
-    if seed is not None:
-        line["seed"] = seed
-    if data is not None:
-        line["data"] = str(Path(data).resolve())
-    if model is not None:
-        line["model"] = split_model(model)
-    sections(Recipe, line, "command line")
-    scale_name = scale or line.get("scale") or said.get("scale") or "tiny"
-    scale_path, sized, defaults = load_scale(str(scale_name))
-    reference = sized.get("optimizer", {}).get("batch_size") if fitted else None
-    named = line.get("model") or said.get("model") or {}
-    replaced = sized.pop("model", None) if named.get("name") or named.get("pretrained") else None
-    if replaced and not same_architecture(named.get("pretrained"), replaced):
-        sized.pop("threads", None)  # they suit the scale's own model, and so do its peaks
-        defaults, reference = {**defaults, "lr": {"finetune": PRETRAINED_LR}}, Optimizer.batch_size
-    sized = merged(sized, {k: v for k, v in (fitted or {}).items() if k != "defaults"})
-    defaults = {**defaults, **(fitted or {}).get("defaults", {})}
-    values = merged(merged(merged(sized, said), line), {"scale": str(scale_name)})
-    origins = [("command line", line), (str(recipe_path), said), (str(scale_path), sized)]
+    file = read_fields(Path(path)) if path else {}
+    line = command_line(model, data, seed, overrides)
+    chosen = merged(file, line)
+    name = str(chosen.get("scale") or "tiny") if scale is None else scale
+    scale_path = path_of(name)
+    lowest = read_fields(scale_path)
+    defaults = read_defaults(lowest, scale_path)
+    if fitted:
+        lowest, defaults = for_the_data(lowest, defaults, fitted)
+    if is_another(chosen.get("model", {}), lowest.get("model", {})):
+        lowest, defaults = for_another_model(lowest, defaults)
+    layers = {str(scale_path): lowest, str(path): file, "command line": line}
+    values = {**reduce(merged, layers.values()), "scale": name}
     try:
-        return build(Recipe, with_defaults(values, defaults, reference))
+        return build(Recipe, with_defaults(values, defaults))
     except FieldError as error:
-        raise UserError(f"{origin_of(error.field, origins)}: {error}") from None
+        origins = [origin for origin, fields in layers.items() if has(fields, error.field)]
+        raise UserError(f"{[str(path or scale_path), *origins][-1]}: {error}") from None
 
 
-def same_architecture(pretrained: str | None, own: dict) -> bool:
-    """Whether a local model directory holds what the scale would make: then its peak rates hold, too."""
-    config = Path(str(pretrained or "")) / "open_clip_config.json"
-    if not own.get("config") or not config.is_file():
+def has(values: dict, dotted: str) -> bool:
+    """Whether a field such as evaluation.keeps[0] is among nested values."""
+    name, _, rest = dotted.partition(".")
+    name = name.split("[")[0]
+    return isinstance(values, dict) and name in values and (not rest or has(values[name], rest))
+
+
+# --- the layers ---
+
+
+def read_fields(path: Path) -> dict:
+    """The fields that a file gives, with absolute paths."""
+    values = checked_sections(read_yaml(path), path)
+    pretraining, stream = values.get("model", {}).get("pretraining"), values.get("stream")
+    for section, key in ((values, "data"), (pretraining, "data"), (stream, "file"), (stream, "counts")):
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = locate(section[key], path)
+    return values
+
+
+def checked_sections(values: dict, origin: str | Path) -> dict:
+    """`values` as they are, if every section of a recipe that they have holds named fields."""
+    for field in dataclasses.fields(Recipe):
+        section = values.get(field.name, {})
+        if dataclasses.is_dataclass(field.type) and not isinstance(section, dict):
+            raise UserError(f"{origin}: {field.name}: expected named fields, got {section!r}")
+    return values
+
+
+def path_of(scale: str) -> Path:
+    """NAME in recipes/scales/ or a file."""
+    if scale.endswith((".yaml", ".yml")):
+        return Path(scale)
+    files = {path.stem: path for path in sorted((ROOT / "scales").glob("*.yaml"))}
+    one_of("scale", scale, tuple(files))
+    return files[scale]
+
+
+def read_defaults(scale: dict, path: Path) -> dict:
+    """What a scale has where a recipe leaves it open, taken out of it: `lr` by method, and fields of methods."""
+    try:
+        defaults = convert(scale.pop("defaults", {}), dict, "defaults")
+        peaks = convert(defaults.get("lr", {}), dict, "defaults.lr")
+        peaks = {name: convert(peak, Positive, f"defaults.lr.{name}") for name, peak in peaks.items()}
+    except FieldError as error:
+        raise UserError(f"{path}: {error}") from None
+    return {**defaults, "lr": peaks, "tuned_at": None}
+
+
+def for_the_data(scale: dict, defaults: dict, fitted: dict) -> tuple[dict, dict]:
+    """A scale with what suits the data over it; its peaks are for the batch size that it had."""
+    fields = {key: value for key, value in fitted.items() if key != "defaults"}
+    tuned_at = scale.get("optimizer", {}).get("batch_size")
+    return merged(scale, fields), {**defaults, **fitted.get("defaults", {}), "tuned_at": tuned_at}
+
+
+def for_another_model(scale: dict, defaults: dict) -> tuple[dict, dict]:
+    """A scale without the threads and peaks that suit its own model alone."""
+    fields = {key: value for key, value in scale.items() if key != "threads"}
+    return fields, {**defaults, "lr": {"finetune": PRETRAINED_LR}, "tuned_at": Optimizer.batch_size}
+
+
+def is_another(model: dict, of_scale: dict) -> bool:
+    """Whether a model other than the scale's is named. A local directory may hold what the scale would make."""
+    if not is_named("model", model) or not of_scale:
         return False
-    found = read_yaml(config).get("model_cfg")  # JSON is YAML
-    return isinstance(found, dict) and {k: found.get(k) for k in own["config"]} == own["config"]
+    file, config = Path(str(model.get("pretrained") or "")) / "open_clip_config.json", of_scale.get("config")
+    found = read_yaml(file).get("model_cfg") if config and file.is_file() else None  # JSON is YAML
+    return not isinstance(found, dict) or any(found.get(key) != value for key, value in config.items())
 
 
-def load_scale(name: str) -> tuple[Path, dict, dict]:
-    """-> (path, the scale's recipe fields, its defaults by method). NAME in recipes/scales/ or a file."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else ROOT / "scales" / f"{name}.yaml"
-    if not path.exists() and path.parent == ROOT / "scales":
-        one_of("scale", name, tuple(sorted(p.stem for p in path.parent.glob("*.yaml"))))
-    values = read_yaml(path)
-    defaults = values.pop("defaults", {})
-    if not isinstance(defaults, dict) or not isinstance(defaults.get("lr", {}), dict):
-        expected = "expected named fields, `lr` with a rate by method"
-        raise UserError(f"{path}: defaults: {expected}, got {defaults!r}")
-    locate_fields(sections(Recipe, values, path), path)
-    return path, values, defaults
+def command_line(model: str | None, data: str | None, seed: int | None, overrides: Sequence[str]) -> dict:
+    values: dict = {}
+    for override in overrides:
+        set_path(values, override)
+    if seed is not None:
+        values["seed"] = seed
+    if data is not None:
+        values["data"] = str(Path(data).resolve())
+    if model is not None:
+        values["model"] = split_model(model)
+    return checked_sections(values, "command line")
 
 
 def split_model(text: str) -> dict:
@@ -117,50 +162,49 @@ def set_path(values: dict, override: str) -> None:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
 
 
+# --- one over the other ---
+
+
 def merged(low: dict, high: dict) -> dict:
-    """`high` over `low`, section by section; a method that says its name, and a budget's amount, replace."""
+    """`high` over `low`, section by section; a named method or model, and a budget's amount, replace."""
     out = dict(low)
     for key, value in high.items():
         below = out.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        if both and key == "budget" and any(name in value for name in BUDGETS):
-            below = {k: v for k, v in below.items() if k not in BUDGETS}
-        replaces = key == "method" and both and "name" in value
-        out[key] = merged(below, value) if both and not replaces else value
+        if isinstance(value, dict) and isinstance(below, dict) and not is_named(key, value):
+            if key == "budget" and any(name in value for name in BUDGETS):
+                below = {k: v for k, v in below.items() if k not in BUDGETS}
+            value = merged(below, value)
+        out[key] = value
     return out
 
 
-def with_defaults(values: dict, defaults: dict, reference: int | None) -> dict:
-    """Fill in the scale's `defaults` where the recipe leaves them open: keep, and lr by the innermost method
-    (`lora-64` before `lora`; finetune's for a method that the scale does not list), scaled from the batch size
-    `reference`, if there is one, by a square root, as suits AdamW (Malladi et al. 2022, arXiv 2205.10287)."""
+def is_named(section: str, values: dict) -> bool:
+    names = {"method": ("name",), "model": ("name", "pretrained")}.get(section, ())
+    return any(values.get(name) is not None for name in names)
+
+
+def with_defaults(values: dict, defaults: dict) -> dict:
+    """Fill in the `defaults` of a scale where the recipe leaves them open."""
     from fomo.methods import accepted_fields, build_method, innermost  # methods import this module
 
     method = values.get("method", {"name": "finetune"})
     build_method(method)  # its own checks
-    values = merged({"method": method, "optimizer": {}}, values)
-    peaks = defaults.get("lr", {})
-    inner = innermost(method)
-    known = (f"{inner['name']}-{inner.get('rank')}", inner["name"], "finetune")
-    lr = next((peaks[name] for name in known if name in peaks), None)
-    said = values["optimizer"]
-    if isinstance(said, dict) and said.get("lr") is None and lr is not None:
-        size = said.get("batch_size")
-        if reference and isinstance(size, int) and size > 0:
-            lr = float(f"{float(lr) * (size / reference) ** 0.5:.3g}")
-        values["optimizer"] = {**said, "lr": lr}
-    fill = {
-        k: v for k, v in defaults.items() if k != "lr" and k in accepted_fields(method) and k not in method
-    }
-    values["method"] = {**method, **fill}
-    return values
+    left_open = [key for key in defaults if key in accepted_fields(method) and key not in method]
+    optimizer = {**values.get("optimizer", {})}
+    if optimizer.get("lr") is None:
+        size = convert(optimizer.get("batch_size", Optimizer.batch_size), Count, "optimizer.batch_size")
+        optimizer["lr"] = scaled(peak_of(innermost(method), defaults["lr"]), size, defaults["tuned_at"])
+    return {**values, "method": method | {key: defaults[key] for key in left_open}, "optimizer": optimizer}
 
 
-def origin_of(dotted: str, origins: list[tuple[str, dict]]) -> str:
-    """Which file (or the command line) said the field `dotted`; the recipe if none did."""
-    for name, values in origins:
-        for key in dotted.split("."):
-            values = values.get(key.split("[")[0], ...) if isinstance(values, dict) else ...
-        if values is not ...:
-            return name
-    return next(name for name, _ in origins[1:] if name != "None")
+def peak_of(method: dict, peaks: dict) -> float | None:
+    """`lora-64` before `lora`; finetune's for a method that the scale does not list."""
+    known = (f"{method['name']}-{method.get('rank')}", method["name"], "finetune")
+    return next((peaks[name] for name in known if name in peaks), None)
+
+
+def scaled(peak: float | None, size: int, tuned_at: int | None) -> float | None:
+    """A peak for batches of another size, by a square root as suits AdamW (Malladi et al. 2022, 2205.10287)."""
+    if peak is None or tuned_at is None:
+        return peak
+    return float(f"{peak * (size / tuned_at) ** 0.5:.3g}")

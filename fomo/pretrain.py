@@ -2,17 +2,14 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from fomo.atomic import cache_root, make
 from fomo.clip import Clip, load, new, save
 from fomo.datasets import datafile
-from fomo.datasets.cache import cache_root
 from fomo.datasets.mixture import Batches, pool_of
 from fomo.datasets.samples import Collection, Samples
 from fomo.devices import pick_device
@@ -29,25 +26,23 @@ def starting_model(model: Model, device: torch.device) -> Clip:
     """The model of a recipe; a scale's own model is pretrained on first use."""
     if model.name or model.pretrained:
         return load(model.name, model.pretrained)
-    folder = cache_root() / "models" / settings_hash(model)
-    if not folder.exists():
-        pretrain(model, folder, device)
-    return load(None, str(folder))
+    return load(None, str(pretrained(model, cached(model), device)))
 
 
 def pretrain_scale(recipe: Recipe, out: str | None, device: str) -> Path:
     """Make a scale's own model in `out`, or in the cache; -> where it is."""
     model = recipe.model
     if model.pretraining is None:
-        raise UserError(
-            f"the scale starts from {model.name}/{model.pretrained}, there is nothing to pretrain"
-        )
-    folder = Path(out) if out else cache_root() / "models" / settings_hash(model)
-    if out and folder.exists():
-        raise UserError(f"-o {folder}: exists already")
-    if not folder.exists():
-        pretrain(model, folder, pick_device(device, recipe.threads))
-    return folder
+        start = f"{model.name}/{model.pretrained}"
+        raise UserError(f"the scale starts from {start}, there is nothing to pretrain")
+    if out and Path(out).exists():
+        raise UserError(f"-o {out}: exists already")
+    return pretrained(model, Path(out) if out else cached(model), pick_device(device, recipe.threads))
+
+
+def cached(model: Model) -> Path:
+    """Where the model is, once it is made."""
+    return cache_root() / "models" / settings_hash(model)
 
 
 def settings_hash(model: Model) -> str:
@@ -58,8 +53,15 @@ def settings_hash(model: Model) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def pretrain(model: Model, folder: Path, device: torch.device) -> Clip:
-    """Train `model.config` from random weights on the pretraining pool; written to `folder` when complete."""
+def pretrained(model: Model, folder: Path, device: torch.device) -> Path:
+    """-> `folder`, with `model.config` trained from random weights on the pretraining pool if it is not there."""
+    if not folder.exists():
+        clip = train_base(model, device)
+        make(folder, lambda staging: save(clip, staging))
+    return folder
+
+
+def train_base(model: Model, device: torch.device) -> Clip:
     settings = model.pretraining
     clip = new(model.config, settings.seed)
     clip.model.to(device)
@@ -87,7 +89,6 @@ def pretrain(model: Model, folder: Path, device: torch.device) -> Clip:
             bar.update()
             if step.number % 50 == 0:
                 bar.set_postfix(loss=f"{step.loss.item():.2f}")
-    place(clip, folder)
     return clip
 
 
@@ -97,15 +98,3 @@ def optimizer_of(settings: Pretraining, clip: Clip) -> torch.optim.Optimizer:
         lr=settings.lr, batch_size=settings.batch_size, weight_decay=settings.weight_decay, betas=[0.9, 0.98]
     )
     return Method().optimizer(list(clip.model.parameters()), values)
-
-
-def place(clip: Clip, folder: Path) -> None:
-    """Write the model beside its place and rename it: it is complete or absent."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=folder.name, suffix=".part", dir=folder.parent))
-    try:
-        save(clip, staging)
-        if not folder.exists():  # another process may have been faster
-            os.replace(staging, folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -1,18 +1,18 @@
-"""Recipes: YAML -> frozen dataclasses.
+"""A recipe, one complete experiment, as frozen dataclasses.
 
-A recipe is one complete experiment. It names a `scale` (model, data, budget and the defaults of that size);
-precedence is scale < recipe < command line. What `load` returns is complete: written out by `dump`, it repeats
-the run. Every mistake is one line that names the file and the field (fomo/fields.py).
+Their types say what is accepted; fomo/schema.py checks it when fomo/load_recipe.py builds a recipe from YAML. What
+fields say of each other is checked here. Written out by `dump`, a recipe repeats its run.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import yaml
 
 from fomo.errors import FieldError
 from fomo.schedules import Schedule
-from fomo.schema import at_least, one_of
+from fomo.schema import Count, NotNegative, Positive, Range, Share
 
 
 @dataclass(frozen=True)
@@ -39,23 +39,17 @@ class Model:
     pretraining: Pretraining | None = None
 
     def __post_init__(self):
-        if (
-            self.name is None
-            and self.pretrained is None
-            and (self.config is None or self.pretraining is None)
-        ):
+        named = self.name is not None or self.pretrained is not None
+        if not named and (self.config is None or self.pretraining is None):
             raise FieldError("model", "say name and/or pretrained, or both config and pretraining")
-
-
-ORDERS = ("random", "frequency", "performance", "similarity", "time", "dataset")
 
 
 @dataclass(frozen=True)
 class Stream:
     """All concepts in order, cut into T updates (datasets/orders.py)."""
 
-    order: str = "random"
-    updates: int = 20  # T
+    order: Literal["random", "frequency", "performance", "similarity", "time", "dataset"] = "random"
+    updates: Count = 20  # T
     reverse: bool = False
     seed: int | None = None  # the recipe's
     file: str | None = None  # a stream in the official format, in place of an order
@@ -64,31 +58,23 @@ class Stream:
     whole: bool = False  # time: datasets of one year one after the other, not shuffled together
     per_dataset: bool = False  # every dataset is an update, instead of T equal chunks
 
-    def __post_init__(self):
-        one_of("stream.order", self.order, ORDERS)
-        at_least("stream.updates", self.updates, 1)
-
 
 @dataclass(frozen=True)
 class Mixture:
     """Shares of a batch that come from the three pools (lambda_P, lambda_D, lambda_B; paper, section 3.2)."""
 
-    pretraining: float = 0.33
-    update: float = 0.34
-    buffer: float = 0.33
-    empty_buffer: str = "split"  # first update: buffer's share half to each of the others; or all to `update`
-    limit: int | None = None  # samples that the buffer keeps of all it has seen, uniformly; null: all
+    pretraining: Share = 0.33
+    update: Share = 0.34
+    buffer: Share = 0.33
+    # first update: buffer's share half to each of the others; or all to `update`
+    empty_buffer: Literal["split", "update"] = "split"
+    limit: Count | None = None  # samples that the buffer keeps of all it has seen, uniformly; null: all
 
     def __post_init__(self):
-        shares = {"pretraining": self.pretraining, "update": self.update, "buffer": self.buffer}
-        for name, share in shares.items():
-            if not 0 <= share <= 1:
-                raise FieldError(f"mixture.{name}", f"got {share:g}, a share lies between 0 and 1")
-        if abs(sum(shares.values()) - 1) > 1e-6:
-            raise FieldError("mixture", f"shares must sum to 1, got {sum(shares.values()):g} from {shares}")
-        one_of("mixture.empty_buffer", self.empty_buffer, ("split", "update"))
-        if self.limit is not None:
-            at_least("mixture.limit", self.limit, 1)
+        total = self.pretraining + self.update + self.buffer
+        if abs(total - 1) > 1e-6:
+            found = f"{self.pretraining:g} + {self.update:g} + {self.buffer:g} = {total:g}"
+            raise FieldError("mixture", f"got {found}, accepted: shares that sum to 1")
 
 
 BUDGETS = ("gflops", "samples", "steps", "hours")
@@ -96,87 +82,56 @@ BUDGETS = ("gflops", "samples", "steps", "hours")
 
 @dataclass(frozen=True)
 class Budget:
-    """What a life may cost; exactly one of the first four."""
+    """What a run may cost; exactly one of the first four."""
 
-    gflops: float | None = None  # memory-adjusted (paper, section 3.2), in total over all updates
-    samples: int | None = None  # per update
-    steps: int | None = None  # per update
-    hours: float | None = None  # per update, of wall clock, its evaluation included
-    fisher: str = "once"  # per update, or as the paper's Table 4 "per_step": how EWC's Fisher pass is charged
+    gflops: Positive | None = None  # memory-adjusted (paper, section 3.2), in total over all updates
+    samples: Count | None = None  # per update
+    steps: Count | None = None  # per update
+    hours: Positive | None = None  # per update, of wall clock, its evaluation included
+    fisher: Literal["once", "per_step"] = "once"  # EWC's Fisher pass: per update, or as the paper's Table 4
 
     def __post_init__(self):
         given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
             found = ", ".join(given) or "none"
             raise FieldError("budget", f"say exactly one of {', '.join(BUDGETS)}, got {found}")
-        for name in ("samples", "steps"):
-            if getattr(self, name) is not None:
-                at_least(f"budget.{name}", getattr(self, name), 1)
-        for name in ("gflops", "hours"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise FieldError(f"budget.{name}", f"must be positive, got {value:g}")
-        one_of("budget.fisher", self.fisher, ("once", "per_step"))
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    lr: float | None = None  # peak; from the scale's defaults for the method
-    batch_size: int = 512  # pairs per step, all three pools together
-    weight_decay: float = 0.2  # on all parameters, as the paper
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    eps: float = 1e-8
-    clip_norm: float = 1.0  # global gradient norm; 0 switches clipping off
-    accumulate: int = 1  # parts that a batch goes through the model in; its loss stays that of the whole
+    lr: Positive | None = None  # peak; from the scale's defaults for the method
+    batch_size: Annotated[int, Range(2)] = 512  # pairs per step, all three pools together
+    weight_decay: NotNegative = 0.2  # on all parameters, as the paper
+    betas: list[Annotated[float, Range(0, 1, below=True)]] = field(default_factory=lambda: [0.9, 0.999])
+    eps: Positive = 1e-8
+    clip_norm: NotNegative = 1.0  # global gradient norm; 0 switches clipping off
+    accumulate: Count = 1  # parts that a batch goes through the model in; its loss stays that of the whole
 
     def __post_init__(self):
-        at_least("optimizer.batch_size", self.batch_size, 2)
-        at_least("optimizer.accumulate", self.accumulate, 1)
         if self.accumulate > self.batch_size:
             found = f"{self.accumulate} parts of {self.batch_size} pairs"
-            raise FieldError("optimizer.accumulate", f"{found}, accepted: at most a part per pair")
-        for name in ("lr", "eps"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise FieldError(f"optimizer.{name}", f"must be positive, got {value:g}")
-        for name in ("weight_decay", "clip_norm"):
-            at_least(f"optimizer.{name}", getattr(self, name), 0)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise FieldError("optimizer.betas", f"two numbers in [0, 1), got {self.betas}")
+            raise FieldError("optimizer.accumulate", f"got {found}, accepted: at most a part per pair")
+        if len(self.betas) != 2:
+            raise FieldError("optimizer.betas", f"got {self.betas}, accepted: two numbers")
 
 
 @dataclass(frozen=True)
 class Temperature:
-    init: float | None = None  # tau = 1 / exp(logit_scale); the checkpoint's
+    init: Positive | None = None  # tau = 1 / exp(logit_scale); the checkpoint's
     learn: bool | None = None  # by method: adapters and locked towers leave it alone
-    max: float | None = 100.0  # bound of exp(logit_scale), as open_clip; null: none, as the released code
-
-    def __post_init__(self):
-        for name in ("init", "max"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise FieldError(f"temperature.{name}", f"must be positive, got {value:g}")
+    max: Positive | None = 100.0  # bound of exp(logit_scale), as open_clip; null: none, as the released code
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    subset: float = 0.1  # share of each test set scored during the run, at least 300 and 2 per class; 1: all
-    within: int = 0  # so many evaluations of the weights in training within each update, evenly spaced
-    every: int = 1  # evaluate after every n-th update (and always after the last)
-    keep_weights: int | None = 3  # how many of the latest deployed weights to keep; null: all
+    # subset: share of each test set scored during the run, at least 300 and 2 per class; 1: all
+    subset: Annotated[float, Range(0, 1, above=True)] = 0.1
+    # so many evaluations of the weights in training within each update, evenly spaced
+    within: Annotated[int, Range(0)] = 0
+    every: Count = 1  # evaluate after every n-th update (and always after the last)
+    keep_weights: Count | None = 3  # how many of the latest deployed weights to keep; null: all
     frozen: bool = False  # also score ridge regression on the untouched model's features
-    keeps: list[float] = field(default_factory=list)  # last update: score these shares of the old model, too
-
-    def __post_init__(self):
-        if not 0 < self.subset <= 1:
-            raise FieldError("evaluation.subset", f"a share in (0, 1], got {self.subset:g}")
-        at_least("evaluation.within", self.within, 0)
-        at_least("evaluation.every", self.every, 1)
-        for i, keep in enumerate(self.keeps):
-            if not 0 <= keep <= 1:
-                raise FieldError(f"evaluation.keeps[{i}]", f"a share between 0 and 1, got {keep:g}")
-        if self.keep_weights is not None:
-            at_least("evaluation.keep_weights", self.keep_weights, 1)
+    keeps: list[Share] = field(default_factory=list)  # last update: score these shares of the old model, too
 
 
 @dataclass(frozen=True)
@@ -184,9 +139,10 @@ class Recipe:
     model: Model
     data: str  # path of the data file
     scale: str = "tiny"
-    seed: int = 0
-    precision: str = "auto"  # float32, bf16, fp16; auto: bf16 (or fp16) autocast on CUDA, float32 elsewhere
-    threads: int | None = None  # of torch on the CPU; torch's default
+    seed: Annotated[int, Range(0)] = 0
+    # auto: bf16 (or fp16) autocast on CUDA, float32 elsewhere
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
+    threads: Count | None = None  # of torch on the CPU; torch's default
     compile: bool = False  # torch.compile, for a few lengths of captions
     checkpointing: bool = False  # compute each block again in the backward pass: less memory, more time
     stream: Stream = field(default_factory=Stream)
@@ -199,10 +155,6 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self):
-        at_least("seed", self.seed, 0)
-        if self.threads is not None:
-            at_least("threads", self.threads, 1)
-        one_of("precision", self.precision, ("auto", "float32", "bf16", "fp16"))
         if self.optimizer.lr is None:
             raise FieldError(
                 "optimizer.lr", f"not given, and scale {self.scale} has no default for this method"

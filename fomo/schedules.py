@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of (update, step): `name` within an update, `meta` over the model's life.
+"""Learning rate as a pure function of (update, step): `name` within an update, `meta` over all of them.
 
 Roth et al. 2024, https://arxiv.org/abs/2408.14471, section 6.1; for `infinite` Singh et al. 2025,
 https://arxiv.org/abs/2503.02844. Symbols, in code and formulas alike:
@@ -13,20 +13,22 @@ https://arxiv.org/abs/2503.02844. Symbols, in code and formulas alike:
 | autoregressive | cosine, rsqrt       | the same curve from a lower peak (AR-cosine, AR-rsqrt)              |
 | continued      | cosine, rsqrt       | warms up onto one long curve and follows it (CD-cosine, CD-rsqrt)   |
 | matched        | rsqrt               | peak as continued, then the curve of one update (peaks match)       |
-| infinite       | cosine, rsqrt, wsd  | one warm-up in a life, then a constant; deployed from a branch      |
+| infinite       | cosine, rsqrt, wsd  | one warm-up in all, then a constant; deployed from a branch        |
 
 The first update is the same under the first four. Discretised as released: the last warm-up step is at the
 peak, the last step of a cosine at the floor. The number of updates is never needed.
 """
 
 import math
+import typing
 from dataclasses import dataclass
 
 from fomo.errors import FieldError
+from fomo.schema import Share
 
-NAMES = ("cosine", "rsqrt", "linear", "constant", "wsd")
+Name = typing.Literal["cosine", "rsqrt", "linear", "constant", "wsd"]
 PAIRS = {
-    "none": NAMES,
+    "none": typing.get_args(Name),
     "autoregressive": ("cosine", "rsqrt"),
     "continued": ("cosine", "rsqrt"),
     "matched": ("rsqrt",),
@@ -36,24 +38,17 @@ PAIRS = {
 
 @dataclass(frozen=True)
 class Schedule:
-    name: str = "cosine"
-    meta: str = "none"
-    warmup: float = 0.1  # share of the update's steps
-    cooldown: float = 0.1  # share of the update's steps; of rsqrt, wsd and infinite
-    floor: float = 0.001  # share of the peak
+    name: Name = "cosine"
+    meta: typing.Literal["none", "autoregressive", "continued", "matched", "infinite"] = "none"
+    warmup: Share = 0.1  # of the update's steps
+    cooldown: Share = 0.1  # of the update's steps; of rsqrt, wsd and infinite
+    floor: Share = 0.001  # of the peak
 
     def __post_init__(self):
-        for field, value, accepted in (("name", self.name, NAMES), ("meta", self.meta, tuple(PAIRS))):
-            if value not in accepted:
-                raise FieldError(f"schedule.{field}", f"unknown {value!r}, accepted: {', '.join(accepted)}")
         if self.name not in PAIRS[self.meta]:
             pairs = "; ".join(f"{meta} with {', '.join(names)}" for meta, names in PAIRS.items())
             found = f"{self.meta!r} does not exist for name {self.name!r}"
             raise FieldError("schedule.meta", f"{found}, accepted: {pairs}")
-        for field in ("warmup", "cooldown", "floor"):
-            share = getattr(self, field)
-            if not 0 <= share <= 1:
-                raise FieldError(f"schedule.{field}", f"got {share}, accepted: a share from 0 to 1")
         cools = self.name in ("rsqrt", "wsd") or self.meta == "infinite"
         if cools and self.warmup + self.cooldown > 1 + 1e-9:
             found = f"{self.cooldown:g} after a warmup of {self.warmup:g}"
@@ -213,5 +208,7 @@ class RateCurve:
 
     def rates(self, update: int, *, branch: bool = True) -> list[float]:
         """The learning rates of one update (from 0), N of them."""
-        known = self.schedule, self.peak, update
-        return [learning_rate(*known, n, self.steps, branch=branch) for n in range(self.steps)]
+        return [
+            learning_rate(self.schedule, self.peak, update, n, self.steps, branch=branch)
+            for n in range(self.steps)
+        ]

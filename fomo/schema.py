@@ -21,13 +21,20 @@ from fomo.errors import FieldError, UserError, one_line
 # What PyYAML's safe loader raises: on `2024-13-01`, `!!int x`, `!!bool x`, a thousand brackets.
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError, OverflowError)
 VALUES = 1_000_000  # of a file, its aliases written out
+WORDS = {str: "text", bool: "true or false", dict: "named fields", int: "a whole number", float: "a number"}
 
 
-def one_of(name: str, value: str, accepted: tuple) -> None:
+def one_of(name: str, value: Any, accepted: typing.Sequence[str]) -> None:
     if value not in accepted:
-        near = difflib.get_close_matches(str(value), accepted, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise FieldError(name, f"unknown {value!r}{hint}, accepted: {', '.join(accepted)}")
+        raise FieldError(
+            name, f"unknown {value!r}{nearest(value, accepted)}, accepted: {', '.join(accepted)}"
+        )
+
+
+def nearest(found: Any, accepted: typing.Iterable[str]) -> str:
+    """What was meant, perhaps, as part of a message."""
+    near = difflib.get_close_matches(str(found), accepted, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def at_least(name: str, value: float, least: float) -> None:
@@ -42,14 +49,18 @@ class Range:
     least: float = -math.inf
     most: float = math.inf
     above: bool = False  # `least` itself is not accepted
+    below: bool = False  # `most` itself is not accepted
 
     def __str__(self) -> str:
-        if self.most < math.inf:
-            return f"a number from {self.least:g} to {self.most:g}"
-        return f"more than {self.least:g}" if self.above else f"at least {self.least:g}"
+        if self.most == math.inf:
+            return f"more than {self.least:g}" if self.above else f"at least {self.least:g}"
+        refused = f", {self.least:g} not included" if self.above else ""
+        refused += f", {self.most:g} not included" if self.below else ""
+        return f"a number from {self.least:g} to {self.most:g}{refused}"
 
     def __contains__(self, value: float) -> bool:
-        return self.least <= value <= self.most and not (self.above and value == self.least)
+        refused = (self.above and value == self.least) or (self.below and value == self.most)
+        return self.least <= value <= self.most and not refused
 
 
 Share = typing.Annotated[float, Range(0, 1)]
@@ -82,9 +93,8 @@ def refuse_unknown(values: dict, known: typing.Iterable[str], where: str) -> Non
     """A FieldError for the first key of `values` that is not known, with the nearest that is."""
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise FieldError(dotted(where, str(key)), f"unknown field{hint}, accepted: {', '.join(known)}")
+            problem = f"unknown field{nearest(key, known)}, accepted: {', '.join(known)}"
+            raise FieldError(dotted(where, str(key)), problem)
 
 
 def convert(value: Any, want: Any, where: str) -> Any:
@@ -92,55 +102,51 @@ def convert(value: Any, want: Any, where: str) -> Any:
 
     want: a class, a dataclass, list[...], Literal[...], Annotated[..., Range(...)], or a union of such.
     """
-    union = isinstance(want, types.UnionType) or typing.get_origin(want) is typing.Union
-    options = typing.get_args(want) if union else (want,)
-    if value is None and types.NoneType in options:
-        return None
-    fits = [option for option in options if plain_type(option) is type(value)]
-    want = fits[0] if fits else next(option for option in options if option is not types.NoneType)
-    if typing.get_origin(want) is typing.Annotated:
-        inner, accepted = typing.get_args(want)
-        converted = convert(value, inner, where)
-        if converted not in accepted:
-            raise FieldError(where, f"got {value!r}, accepted: {accepted}")
+    want = option_for(value, want)
+    origin, arguments = typing.get_origin(want), typing.get_args(want)
+    if origin is typing.Annotated:
+        converted = convert(value, arguments[0], where)
+        if converted not in arguments[1]:
+            raise FieldError(where, f"got {value!r}, accepted: {arguments[1]}")
         return converted
-    if typing.get_origin(want) is typing.Literal:
-        one_of(where, value, typing.get_args(want))
+    if origin is typing.Literal:
+        one_of(where, value, arguments)
         return value
     if dataclasses.is_dataclass(want):
         return build(want, value, where)
-    if typing.get_origin(want) is list and isinstance(value, list):
-        return [convert(v, typing.get_args(want)[0], f"{where}[{i}]") for i, v in enumerate(value)]
+    if origin is list and isinstance(value, list):
+        return [convert(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value)]
     kind = plain_type(want)
-    if kind in (int, float) and not isinstance(value, bool):
+    if kind in (int, float):
         return number(value, kind, where)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = {
-            str: "text",
-            bool: "true or false",
-            dict: "named fields",
-            int: "a whole number",
-            float: "a number",
-        }
-        raise FieldError(where, f"expected {names.get(kind, kind.__name__)}, got {value!r}")
+    if not isinstance(value, kind):
+        raise FieldError(where, f"expected {WORDS.get(kind, kind.__name__)}, got {value!r}")
     return value
+
+
+def option_for(value: Any, want: Any) -> Any:
+    """Of a union the type that the value has, else its first; any other type as it is."""
+    if typing.get_origin(want) not in (types.UnionType, typing.Union):
+        return want
+    options = typing.get_args(want)
+    return next((option for option in options if plain_type(option) is type(value)), options[0])
 
 
 def plain_type(want: Any) -> Any:
     """list[int] -> list, Annotated[float, ...] -> float, Literal["a"] -> str."""
-    origin = typing.get_origin(want)
+    origin, arguments = typing.get_origin(want), typing.get_args(want)
     if origin is typing.Annotated:
-        return plain_type(typing.get_args(want)[0])
-    return type(typing.get_args(want)[0]) if origin is typing.Literal else origin or want
+        return plain_type(arguments[0])
+    return type(arguments[0]) if origin is typing.Literal else origin or want
 
 
 def number(value: Any, kind: type, where: str) -> int | float:
     try:
-        parsed = float(value) if isinstance(value, (int, float, str)) else float("nan")
-    except ValueError:
-        parsed = float("nan")
-    if parsed != parsed or parsed in (float("inf"), float("-inf")) or (kind is int and parsed != int(parsed)):
-        raise FieldError(where, f"expected {'a whole number' if kind is int else 'a number'}, got {value!r}")
+        parsed = float(value) if type(value) in (int, float, str) else math.nan
+    except (ValueError, OverflowError):
+        parsed = math.nan
+    if not math.isfinite(parsed) or (kind is int and not parsed.is_integer()):
+        raise FieldError(where, f"expected {WORDS[kind]}, got {value!r}")
     return kind(value) if isinstance(value, int) else kind(parsed)
 
 
@@ -158,16 +164,6 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected named fields at the top, got {type(values).__name__}")
-    return values
-
-
-def sections(cls, values: dict, origin: str | Path) -> dict:
-    """`values` as they are, if every section of the dataclass `cls` that they have holds named fields."""
-    for field in dataclasses.fields(cls):
-        section = dataclasses.is_dataclass(field.type)
-        if section and not isinstance(values.get(field.name, {}), dict):
-            found = f"expected named fields, got {values[field.name]!r}"
-            raise UserError(f"{origin}: {field.name}: {found}")
     return values
 
 

@@ -4,7 +4,7 @@ T updates of N steps each.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -20,6 +20,7 @@ from fomo.load_recipe import load
 from fomo.recipe import Recipe, Stream
 from fomo.report.figures import schedule_figure, stream_figure, write_figure
 from fomo.schedules import RateCurve
+from fomo.schema import build
 from fomo.text import aligned
 
 # --- stream ----------------------------------------------------------------------------------------------
@@ -34,7 +35,8 @@ def stream_section(
     elif order:
         how = replace(how, order=order, file=None)
     how = replace(how, updates=how.updates if updates is None else updates)
-    return replace(how, reverse=how.reverse or reverse, per_dataset=how.per_dataset or per_dataset)
+    how = replace(how, reverse=how.reverse or reverse, per_dataset=how.per_dataset or per_dataset)
+    return build(Stream, asdict(how), "stream")  # checks what the command line says
 
 
 def preview_stream(
