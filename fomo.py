@@ -95,9 +95,9 @@ def update(path, out, resume, dry_run, device, workers, **said):
         ranks.entered(settled(path, out, resume, dry_run, **said)) as (recipe, folder),
     ):
         if dry_run:
-            from fomo.budget.dry_run import foresee
+            from fomo.budget import dry_run as preview
 
-            print(ranks.broadcast_object(lambda: foresee(recipe, device)))
+            print(ranks.broadcast_object(lambda: preview.dry_run(recipe, device)))
         else:
             from fomo.update import run_recipe
 
@@ -191,12 +191,12 @@ def pretrain(out, device, **said):
 @options("data", "device")
 def merge(rule, base, models, out, settings, sweep, data, device):
     """Merge checkpoints, oldest first; a two-model rule takes OLD NEW, and `keep` is the share of OLD."""
-    from fomo.merge_files import merge_files, sweep_files
+    from fomo import merge_files
 
     if sweep:
-        print(sweep_files(rule, settings, sweep, base, models, data, Path(out), device))
+        print(merge_files.sweep(rule, settings, sweep, base, models, data, Path(out), device))
     else:
-        print(merge_files(rule, settings, base, models, Path(out)))
+        print(merge_files.merge(rule, settings, base, models, Path(out)))
 
 
 @cli.command()

@@ -45,7 +45,7 @@ class Range:
 
     def __str__(self) -> str:
         if self.most < math.inf:
-            return f"a number from {self.least:g} to {self.most:g}"
+            return f"a number {'above' if self.above else 'from'} {self.least:g} to {self.most:g}"
         return f"more than {self.least:g}" if self.above else f"at least {self.least:g}"
 
     def __contains__(self, value: float) -> bool:
@@ -108,7 +108,7 @@ def convert(value: Any, want: Any, where: str) -> Any:
         one_of(where, value, typing.get_args(want))
         return value
     if dataclasses.is_dataclass(want):
-        return build(want, value, where)
+        return value if isinstance(value, want) else build(want, value, where)
     if typing.get_origin(want) is list and isinstance(value, list):
         return [convert(v, typing.get_args(want)[0], f"{where}[{i}]") for i, v in enumerate(value)]
     kind = plain_type(want)

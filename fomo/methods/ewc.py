@@ -21,26 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from fomo.clip import Features, contrastive_loss, encode
-from fomo.errors import FieldError
-from fomo.methods.base import Inputs, Method, Weights
+from fomo.methods.base import Inputs, Method
 from fomo.methods.pull import pull
-from fomo.schema import at_least
+from fomo.schema import Count, NotNegative, Share
+from fomo.weights import Weights
 
 
 @dataclass
 class Ewc(Method):
-    strength: float = 1.0  # λ (e_lambda)
-    decay: float = 1.0  # γ
-    samples: int = 50_000  # that the Fisher is estimated on, rounded up to whole batches
+    strength: NotNegative = 1.0  # λ (e_lambda)
+    decay: Share = 1.0  # γ
+    samples: Count = 50_000  # that the Fisher is estimated on, rounded up to whole batches
     trained: dict[str, nn.Parameter] = field(default_factory=dict, init=False)  # θ
     anchor: Weights = field(default_factory=dict, init=False)  # θ*
     fisher: Weights = field(default_factory=dict, init=False)  # F, empty in the first update
-
-    def __post_init__(self):
-        at_least("method.strength", self.strength, 0)
-        at_least("method.samples", self.samples, 1)
-        if not 0 <= self.decay <= 1:
-            raise FieldError("method.decay", f"must lie between 0 and 1, got {self.decay:g}")
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

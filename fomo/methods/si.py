@@ -24,26 +24,21 @@ import torch
 from torch import Tensor, nn
 
 from fomo.clip import Features
-from fomo.errors import FieldError
-from fomo.methods.base import Inputs, Method, Weights
+from fomo.methods.base import Inputs, Method
 from fomo.methods.pull import pull
-from fomo.schema import at_least
+from fomo.schema import NotNegative, Positive
+from fomo.weights import Weights
 
 
 @dataclass
 class SynapticIntelligence(Method):
-    strength: float = 0.5  # c
-    damping: float = 1.0  # ξ
+    strength: NotNegative = 0.5  # c
+    damping: Positive = 1.0  # ξ
     trained: dict[str, nn.Parameter] = field(default_factory=dict, init=False)  # θ
     anchor: Weights = field(default_factory=dict, init=False)  # θ*
-    before: Weights = field(default_factory=dict, init=False)  # θ before the step
-    path: Weights = field(default_factory=dict, init=False)  # ω
-    importance: Weights = field(default_factory=dict, init=False)  # Ω, empty in the first update
-
-    def __post_init__(self):
-        at_least("method.strength", self.strength, 0)
-        if self.damping <= 0:
-            raise FieldError("method.damping", f"must be positive, got {self.damping:g}")
+    before: dict[str, Tensor] = field(default_factory=dict, init=False)  # θ before the step
+    path: dict[str, Tensor] = field(default_factory=dict, init=False)  # ω
+    importance: dict[str, Tensor] = field(default_factory=dict, init=False)  # Ω, empty in the first update
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
