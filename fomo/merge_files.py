@@ -93,7 +93,7 @@ def sweep(
     out: Path,
     device: str,
 ) -> str:
-    """Score the merge for each value of a parameter, `values` being KEY=A,B,C; draw the curve, -> a table as text."""
+    """Score the merge for each value of a parameter (`values`: KEY=A,B,C), draw the curve, -> a table."""
     key, _, listed = values.partition("=")
     texts = [value for value in listed.split(",") if value]
     if not texts or not data_path or out.suffix not in (".png", ".svg"):

@@ -278,11 +278,11 @@ def read_peaks(path: str) -> dict[str, float]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file)
-            rows = [(table.line_num, row) for row in table]
+            rows, heads = [(table.line_num, row) for row in table], table.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--memory-table {path}: cannot be read: {one_line(error)}") from None
-    if not set(columns) <= set(table.fieldnames or []):
-        found = ",".join(table.fieldnames or []) or "nothing"
+    if not set(columns) <= set(heads):
+        found = ",".join(heads) or "nothing"
         raise UserError(f"--memory-table {path}: expected the columns {','.join(columns)}, found {found}")
     peaks: dict[str, float] = {}
     for line, row in rows:
