@@ -93,9 +93,9 @@ def update(path, dry_run, device, workers, **options):
     with process_group(device) as ranks:
         recipe, folder = ranks.broadcast_object(lambda: start_run(path, dry_run=dry_run, **options))
         if dry_run:
-            from fomo.budget.dry_run import foresee
+            from fomo.budget import dry_run as preview
 
-            print(ranks.broadcast_object(lambda: foresee(recipe, device)))
+            print(ranks.broadcast_object(lambda: preview.dry_run(recipe, device)))
         else:
             run_and_report(recipe, folder, ranks, resume=options["resume"], device=device, workers=workers)
 
@@ -194,12 +194,12 @@ def pretrain(out, device, **options):
 @shared_options("data", "device")
 def merge(rule, base, models, out, settings, sweep, data, device):
     """Merge checkpoints, oldest first; a two-model rule takes OLD NEW, and `keep` is the share of OLD."""
-    from fomo.merge_files import merge_files, sweep_files
+    from fomo import merge_files
 
     if sweep:
-        print(sweep_files(rule, settings, sweep, base, models, data, Path(out), device))
+        print(merge_files.sweep(rule, settings, sweep, base, models, data, Path(out), device))
     else:
-        print(merge_files(rule, settings, base, models, Path(out)))
+        print(merge_files.merge(rule, settings, base, models, Path(out)))
 
 
 @cli.command()
@@ -290,9 +290,9 @@ def report(runs, out):
 def reproduce(studies, seeds, scale, **options):
     """Run the guide's studies (recipes/studies, all or the named ones) and say which of its claims hold."""
     from fomo.guide.run_studies import reproduce
-    from fomo.text import whole_numbers
+    from fomo.schema import Natural, convert
 
-    chosen = whole_numbers("--seeds", seeds) if seeds else None
+    chosen = convert(seeds.split(","), list[Natural], "--seeds") if seeds else None
     print(reproduce(studies, scale=scale or "tiny", seeds=chosen, **options))
 
 

@@ -20,6 +20,7 @@ from fomo.errors import UserError, one_line
 from fomo.eval.zero_shot import evaluate
 from fomo.load_recipe import set_path, split_model
 from fomo.report.figures import render, sweep_figure
+from fomo.text import aligned
 
 
 def open_weights(text: str) -> Mapping[str, Tensor]:
@@ -47,22 +48,20 @@ def open_weights(text: str) -> Mapping[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
-def rule_spec(rule: str, settings: Sequence[str]) -> dict:
-    """--rule ties --set density=0.2 -> {"rule": "ties", "density": 0.2}."""
+def build_rule(name: str, settings: Sequence[str]) -> weights.Rule:
+    """--rule ties --set density=0.2 -> Ties(density=0.2)."""
     spec: dict = {}
     for setting in settings:
         set_path(spec, setting)
-    return {**spec, "rule": rule}
+    return weights.build_rule({**spec, "rule": name})
 
 
-def merge_files(
-    rule: str, settings: Sequence[str], base: str | None, models: Sequence[str], out: Path
-) -> Path:
+def merge(name: str, settings: Sequence[str], base: str | None, models: Sequence[str], out: Path) -> Path:
     """Merge `models`, oldest first, into a file, or into a model directory if `out` has no suffix."""
-    built = weights.build_rule(rule_spec(rule, settings))
+    rule = build_rule(name, settings)
     opened = [open_weights(model) for model in models]
-    merged = weights.merge(built, opened, open_weights(base) if base else None)
-    result = dict(tqdm(merged, total=len(opened[-1]), desc=f"merging by {rule}", unit="tensor", leave=False))
+    merged = weights.merge(rule, opened, open_weights(base) if base else None)
+    result = dict(tqdm(merged, total=len(opened[-1]), desc=f"merging by {name}", unit="tensor", leave=False))
     if not out.suffix:
         clip = model_of(models[-1])
         clip.model.load_state_dict(result)
@@ -84,24 +83,23 @@ def model_of(text: str) -> Clip:
     return load(section.get("name"), section.get("pretrained"))
 
 
-def sweep_files(
-    rule: str,
+def sweep(
+    name: str,
     settings: Sequence[str],
-    sweep: str,
+    values: str,
     base: str | None,
     models: Sequence[str],
     data_path: str | None,
     out: Path,
     device: str,
 ) -> str:
-    """Score the merge for each value of one parameter, draw the curve, -> the table as text."""
-    key, _, listed = sweep.partition("=")
-    values = [yaml.safe_load(value) for value in listed.split(",") if value]
-    if not values or not data_path or out.suffix not in (".png", ".svg"):
-        raise UserError(
-            "--sweep: write KEY=A,B,C, with --data FILE to score on and -o FILE.png for the curve"
-        )
-    rules = [weights.build_rule({**rule_spec(rule, settings), key: value}) for value in values]
+    """Score the merge for each value of a parameter (`values`: KEY=A,B,C), draw the curve, -> a table."""
+    key, _, listed = values.partition("=")
+    texts = [value for value in listed.split(",") if value]
+    if not texts or not data_path or out.suffix not in (".png", ".svg"):
+        problem = "write KEY=A,B,C, with --data FILE to score on and -o FILE.png for the curve"
+        raise UserError(f"--sweep: {problem}")
+    rules = [build_rule(name, [*settings, f"{key}={value}"]) for value in texts]
     place = pick_device(device)
     clip = model_of(models[-1])
     clip.model.to(place)
@@ -110,10 +108,11 @@ def sweep_files(
     opened = [open_weights(model) for model in models]
     origin = open_weights(base) if base else None
     rows = []
-    for value, built in zip(tqdm(values, desc=f"sweeping {key}", leave=False), rules, strict=True):
-        clip.model.load_state_dict(dict(weights.merge(built, opened, origin)))
+    for text, rule in zip(tqdm(texts, desc=f"sweeping {key}", leave=False), rules, strict=True):
+        clip.model.load_state_dict(dict(weights.merge(rule, opened, origin)))
         scores = evaluate(clip, tests, {test.name: test.usable for test in tests}, place)[0]
-        rows.append({key: value, **scores.means})
+        rows.append({key: yaml.safe_load(text), **scores.means})
     write_atomically(out, render(sweep_figure, rows, out.suffix[1:]))
-    lines = (("{} {:.4g}".format(*pair) for pair in row.items() if pair[1] is not None) for row in rows)
-    return "\n".join("  ".join(line) for line in lines)
+    known = [score for score in ("ka", "zs", "gm") if rows[0][score] is not None]
+    cells = [[str(row[key]), *(f"{row[score]:.4g}" for score in known)] for row in rows]
+    return aligned([[key, *known], *cells])

@@ -12,7 +12,7 @@ import yaml
 
 from fomo.errors import FieldError
 from fomo.schedules import Schedule
-from fomo.schema import Count, NotNegative, Positive, Range, Share
+from fomo.schema import Count, Natural, NotNegative, Positive, Range, Share
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Evaluation:
     # subset: share of each test set scored during the run, at least 300 and 2 per class; 1: all
     subset: Annotated[float, Range(0, 1, above=True)] = 0.1
     # so many evaluations of the weights in training within each update, evenly spaced
-    within: Annotated[int, Range(0)] = 0
+    within: Natural = 0
     every: Count = 1  # evaluate after every n-th update (and always after the last)
     keep_weights: Count | None = 3  # how many of the latest deployed weights to keep; null: all
     frozen: bool = False  # also score ridge regression on the untouched model's features
@@ -139,7 +139,7 @@ class Recipe:
     model: Model
     data: str  # path of the data file
     scale: str = "tiny"
-    seed: Annotated[int, Range(0)] = 0
+    seed: Natural = 0
     # auto: bf16 (or fp16) autocast on CUDA, float32 elsewhere
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     threads: Count | None = None  # of torch on the CPU; torch's default

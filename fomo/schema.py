@@ -66,6 +66,7 @@ class Range:
 Share = typing.Annotated[float, Range(0, 1)]
 Positive = typing.Annotated[float, Range(0, above=True)]
 NotNegative = typing.Annotated[float, Range(0)]
+Natural = typing.Annotated[int, Range(0)]
 Count = typing.Annotated[int, Range(1)]
 
 
@@ -113,7 +114,7 @@ def convert(value: Any, want: Any, where: str) -> Any:
         one_of(where, value, arguments)
         return value
     if dataclasses.is_dataclass(want):
-        return build(want, value, where)
+        return value if isinstance(value, want) else build(want, value, where)
     if origin is list and isinstance(value, list):
         return [convert(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value)]
     kind = plain_type(want)

@@ -13,9 +13,9 @@ displacements d = u − θ_0 and δ = e − u, each rule's docstring ends with w
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import reduce
-from typing import Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from zlib import crc32
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fomo.errors import FieldError, UserError
-from fomo.schema import build, one_of
+from fomo.schema import Range, Share, build, dotted, one_of
 
 Weights = Mapping[str, Tensor]
 Named = Iterator[tuple[str, Tensor]]
@@ -123,16 +123,19 @@ class Lines:
         return {name: self.alpha + self.beta * depth.get(name, 0.0) for name in names}
 
 
-def accepts(words: str, test: Callable[[Any], bool]) -> dict:
-    """What a field accepts beyond its type, as its metadata."""
-    return {"accepts": (words, test)}
+class SumTo1:
+    """What a list of shares accepts: Annotated[list[float], SumTo1()]."""
+
+    def __str__(self) -> str:
+        return "numbers from 0 that sum to 1"
+
+    def __contains__(self, shares: list[float]) -> bool:
+        return min(shares, default=-1) >= 0 and abs(sum(shares) - 1) < 1e-6
 
 
-SHARE = accepts("a number in [0, 1]", lambda x: 0 <= x <= 1)
-DENSITY = accepts("a number in (0, 1]", lambda x: 0 < x <= 1)
-SCOPE = accepts("model or tensor", {"model", "tensor"}.__contains__)
-THEN = accepts("task_arithmetic or ties", {"task_arithmetic", "ties"}.__contains__)
-SUM_1 = accepts("numbers from 0 that sum to 1", lambda w: min(w, default=-1) >= 0 and abs(sum(w) - 1) < 1e-6)
+Density = Annotated[float, Range(0, 1, above=True)]
+Shares = Annotated[list[float], SumTo1()]
+Scope = Literal["model", "tensor"]  # what a density is a share of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,12 +150,6 @@ class Rule:
     feedback: ClassVar[float] = 1.0  # growth at scale 1
     pairwise: ClassVar[bool] = False  # takes two models only
     relative: ClassVar[bool] = True  # works on task vectors
-
-    def __post_init__(self):
-        for f in fields(self):
-            value, (words, test) = getattr(self, f.name), f.metadata.get("accepts", ("", lambda x: True))
-            if value is not None and not test(value):
-                raise FieldError(f.name, f"expected {words}, got {value!r}")
 
     @property
     def name(self) -> str:
@@ -198,8 +195,8 @@ class Interpolate(Rule):
     keep nor weights are given. init ema: d ← d + (1 − keep) δ.
     """
 
-    keep: float | None = field(default=None, metadata=SHARE)  # 1 returns old bit for bit, 0 returns new
-    weights: list[float] | None = field(default=None, metadata=SUM_1)  # w_i, oldest first; wins over keep
+    keep: Share | None = None  # 1 returns old bit for bit, 0 returns new
+    weights: Shares | None = None  # w_i, oldest first; wins over keep
     relative: ClassVar[bool] = False
 
     def plan(self, stack):
@@ -226,7 +223,7 @@ class Slerp(Rule):
     init ema: as interpolate.
     """
 
-    keep: float = field(default=0.5, metadata=SHARE)
+    keep: Share = 0.5
     pairwise: ClassVar[bool] = True
     relative: ClassVar[bool] = False
 
@@ -248,7 +245,7 @@ class TaskArithmetic(Rule):
     """
 
     scale: float = 0.5
-    weights: list[float] | None = field(default=None, metadata=SUM_1)
+    weights: Shares | None = None
     feedback: ClassVar[float] = 2.0
 
     def plan(self, stack):
@@ -272,18 +269,18 @@ class Ties(Rule):
     init ema: d ← scale · (mean of d and d + δ; the other where one is trimmed, the larger where signs differ).
     """
 
-    density: float = field(default=0.2, metadata=DENSITY)
+    density: Density = 0.2
     scale: float = 1.0
-    scope: str = field(default="model", metadata=SCOPE)
+    scope: Scope = "model"
 
     def plan(self, stack):
         if self.scope == "model":
             k = int(self.density * sum(math.prod(stack.kinds[name].shape) for name in stack.floats))
-            return [Largest(k, lambda i=i: stack.task_vector(i)) for i in range(len(stack.models))]
+            return [Largest(k, stack.task_vector(i)) for i in range(len(stack.models))]
 
     def each(self, tau, name, i, plan):
-        largest = plan[i] if plan else Largest(int(self.density * tau.numel()), lambda: [tau])
-        return largest.zero(tau, others=True)
+        largest = plan[i] if plan else Largest(int(self.density * tau.numel()), [tau])
+        return tau.masked_fill_(~largest.mask(tau), 0)
 
     def combine(self, taus):
         return elect_and_average(taus)
@@ -298,10 +295,10 @@ class Dare(Rule):
     noise of rescaling grows with d (see feedback), and a seed that stays drops the same entries each time.
     """
 
-    density: float = field(default=0.2, metadata=DENSITY)
+    density: Density = 0.2
     scale: float = 0.25  # stable under init ema at this density
     seed: int = 0
-    then: str = field(default="task_arithmetic", metadata=THEN)
+    then: Literal["task_arithmetic", "ties"] = "task_arithmetic"
 
     @property
     def feedback(self):
@@ -327,15 +324,15 @@ class Breadcrumbs(Rule):
     init ema: as ties, without the outliers.
     """
 
-    density: float = field(default=0.2, metadata=DENSITY)
-    outliers: float = field(default=0.01, metadata=SHARE)
+    density: Density = 0.2
+    outliers: Share = 0.01
     scale: float = 1.0
 
     def each(self, tau, name, i, plan):
         k = int(self.density * tau.numel())
         dropped = min(int(self.outliers * tau.numel()), tau.numel() - k)
-        Largest(dropped, lambda: [tau]).zero(tau)
-        return Largest(k, lambda: [tau]).zero(tau, others=True)
+        tau.masked_fill_(Largest(dropped, [tau]).mask(tau), 0)
+        return tau.masked_fill_(~Largest(k, [tau]).mask(tau), 0)
 
     def combine(self, taus):
         return elect_and_average(taus)
@@ -391,7 +388,7 @@ class Opcm(Rule):
     init ema: d ← d + P(δ) in matrices but 2 d + δ elsewhere; meant for experts that start from θ_0.
     """
 
-    alpha: float = field(default=0.5, metadata=SHARE)
+    alpha: Share = 0.5
     feedback: ClassVar[float] = 2.0
 
     def plan(self, stack):
@@ -434,13 +431,8 @@ RULES: dict[str, type[Rule]] = {
 
 def build_rule(spec: dict, where: str = "") -> Rule:
     """{"rule": "ties", "density": 0.2} -> Ties(density=0.2); `where` is spec's dotted path, for messages."""
-    prefix = f"{where}." if where else ""
-    one_of(f"{prefix}rule", spec.get("rule"), tuple(RULES))
-    try:
-        return build(RULES[spec["rule"]], {key: v for key, v in spec.items() if key != "rule"}, where)
-    except FieldError as error:  # a rule's own checks do not know where
-        name, _, problem = str(error).partition(": ")
-        raise FieldError(name if name.startswith(prefix) else prefix + name, problem) from None
+    one_of(dotted(where, "rule"), spec.get("rule"), tuple(RULES))
+    return build(RULES[spec["rule"]], {key: v for key, v in spec.items() if key != "rule"}, where)
 
 
 RECENCY: dict[str, Callable[[int, int], float]] = {
@@ -454,59 +446,39 @@ RECENCY: dict[str, Callable[[int, int], float]] = {
     "exp2": lambda i, n: 2.0 ** (i - n),  # ∝ 2^i, and never too large
     "log": lambda i, n: math.log(i + 1),
 }
+Recency = Literal[(*RECENCY, *(f"reversed_{name}" for name in RECENCY))]
 
 
-def recency(kind: str, n: int) -> list[float]:
-    """Weights for n models, oldest first, sum 1: a name in RECENCY or reversed_NAME."""
-    one_of("recency", kind, (*RECENCY, *(f"reversed_{name}" for name in RECENCY)))
+def recency(kind: Recency, n: int) -> list[float]:
+    """Weights for n models, oldest first, sum 1."""
     raw = [RECENCY[kind.removeprefix("reversed_")](i, n) for i in range(1, n + 1)]
     return [w / sum(raw) for w in (reversed(raw) if kind.startswith("reversed_") else raw)]
 
 
 class Largest:
-    """The k entries of largest magnitude in a stream of tensors: exactly k, in constant memory.
+    """The k entries of largest magnitude in a sequence of tensors: exactly k, the first of those that are equal.
 
-    Magnitudes of floats sort like their bit patterns, so two histograms find the k-th largest: of the upper
-    16 bits, then of the lower 15 within its bin. Of the entries equal to it, the first in the stream are taken.
-    `stream` is called once per histogram; then `zero` wants the same tensors in the same order.
+    Finding the k-th magnitude takes twice the memory of all the tensors; nothing of it is held. Then `mask` wants
+    the same tensors in the same order.
     """
 
-    def __init__(self, k: int, stream: Callable[[], Iterable[Tensor]]):
-        high, k = kth_largest((bits(p) >> 15 for t in stream() for p in pieces(t)), 16, k)
-        patterns = (bits(p) for t in stream() for p in pieces(t))
-        low, self.ties = kth_largest((b[b >> 15 == high] & 0x7FFF for b in patterns), 15, k)
-        self.threshold = high << 15 | low
+    def __init__(self, k: int, tensors: Iterable[Tensor]):
+        magnitudes = torch.cat([torch.zeros(0), *(tensor.abs().flatten().cpu() for tensor in tensors)])
+        first = len(magnitudes) - k
+        self.threshold, self.equals = math.inf, 0  # how many of the entries equal to the threshold are chosen
+        if k:
+            magnitudes.numpy().partition(first)  # in place, where torch.kthvalue takes four times the memory
+            self.threshold = magnitudes[first].item()
+            self.equals = k - int((magnitudes[first:] > self.threshold).sum())
 
-    def zero(self, tensor: Tensor, others: bool = False) -> Tensor:
-        """Set the k entries, or all others, to zero in place."""
-        for piece in pieces(tensor):
-            pattern = bits(piece)
-            chosen = pattern >= self.threshold
-            equal = (pattern == self.threshold).nonzero().flatten()
-            chosen[equal[self.ties :]] = False
-            self.ties = max(0, self.ties - len(equal))
-            piece.masked_fill_(~chosen if others else chosen, 0)
-        return tensor
-
-
-def pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """Flat views that fit the processor's cache."""
-    return tensor.view(-1).split(1 << 18)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Magnitudes as integers in the same order."""
-    return tensor.float().view(torch.int32) & 0x7FFFFFFF
-
-
-def kth_largest(stream: Iterable[Tensor], width: int, k: int) -> tuple[int, int]:
-    """-> (the k-th largest of a stream of integers below 2^width, how many of its equals are in the k)."""
-    histogram = torch.zeros(1 << width, dtype=torch.int64)
-    for values in stream:
-        histogram += torch.bincount(values, minlength=1 << width).cpu()
-    at_least = histogram.flip(0).cumsum(0).flip(0)  # [v]: how many are v or larger
-    value = int((at_least >= k).sum()) - 1
-    return value, k - int(at_least[value] - histogram[value])
+    def mask(self, tensor: Tensor) -> Tensor:
+        """Which entries are among the k; NaN is, so that it shows in the merged model."""
+        magnitudes = tensor.abs()
+        chosen = ~(magnitudes <= self.threshold)
+        equal = (magnitudes == self.threshold).flatten().nonzero().flatten()[: self.equals]
+        chosen.view(-1)[equal] = True
+        self.equals -= len(equal)
+        return chosen
 
 
 def elect_and_average(taus: Iterator[Tensor]) -> Tensor:

@@ -82,7 +82,7 @@ def test_the_comparison_sees_one_changed_bit(whole, place):
     assert differing(whole, place) == []
     state = next((place / "run/state").glob("update_001-*"))
     content = torch.load(state, weights_only=True)
-    content["method"]["kept"]["ema"]["logit_scale"] += 1e-6
+    content["method"]["models"]["ema"]["logit_scale"] += 1e-6
     torch.save(content, state)
     for path in (place / "run/weights/update_001.safetensors", *(place / "cache").rglob("pixels.bin")):
         damage(path, 9, flip=True)

@@ -1,4 +1,4 @@
-"""The merge command on files of weights: names kept, prefixes stripped, mistakes named."""
+"""The merge command on files of weights: names stay, prefixes stripped, mistakes named."""
 
 import json
 import runpy
@@ -98,8 +98,15 @@ def test_a_sweep_scores_each_value_and_draws_the_curve(models, small_scale, tmp_
     done = merge("--rule", "interpolate", "--sweep", "keep=0,0.5,1", "--data", small_scale.parent / "data.yaml",
                  *models, "-o", tmp_path / "curve.png")  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert [line.split()[1] for line in done.stdout.splitlines()] == ["0", "0.5", "1"]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["keep", "0", "0.5", "1"]
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_sweep_of_words(models, small_scale, tmp_path):
+    done = merge("--rule", "ties", "--base", models[0], "--sweep", "scope=model,tensor", *models,
+                 "--data", small_scale.parent / "data.yaml", "-o", tmp_path / "curve.svg")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["scope", "model", "tensor"]
 
 
 def test_mistakes_are_one_line(models, tmp_path):
@@ -114,7 +121,7 @@ def test_mistakes_are_one_line(models, tmp_path):
         (["--rule", "interpolate", a, d], "not a file of tensors"),
         (["--rule", "interpolate", a, tmp_path / "gone.pt"], "no such file"),
         (["--rule", "interpol", a, a], "did you mean interpolate?"),
-        (["--rule", "interpolate", "--set", "keep=2", a, a], "keep: expected a number in [0, 1]"),
+        (["--rule", "interpolate", "--set", "keep=2", a, a], "keep: got 2, accepted: a number from 0 to 1"),
         (["--rule", "interpolate", "--set", "scale=2", a, a], "scale: unknown field"),
         (["--rule", "slerp", a, a, a], "two models, old and new"),
         (["--rule", "interpolate", "--sweep", "keep", a, a], "--sweep: write KEY=A,B,C"),

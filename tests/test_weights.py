@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from peft.utils import merge_utils
 
 from fomo.errors import UserError
-from fomo.weights import RECENCY, RULES, Largest, Lines, Ties, build_rule, merge, recency
+from fomo.weights import Largest, Lines, Ties, build_rule, merge, recency
 
 pytestmark = pytest.mark.filterwarnings("ignore:The density 1.0")  # peft, when it keeps all
 
@@ -359,16 +359,6 @@ def test_inputs_stay_untouched_and_unshared(name, base):
     assert_same_bits(got, plain)
 
 
-def test_merging_into_a_model_that_is_merged(base):
-    """The result may overwrite an input tensor by tensor, as `update` does."""
-    for name, spec in SPECS.items():
-        old, live = experts_of(base, 2)
-        expected = merged(spec, [old, live], base)
-        for n, tensor in merge(build_rule(spec), [old, live], base):
-            live[n].copy_(tensor)
-        assert_same_bits(live, expected), name
-
-
 @pytest.mark.parametrize(
     "name", ["interpolate", "task_arithmetic", "ties", "breadcrumbs", "magmax", "model_stock"]
 )
@@ -413,24 +403,13 @@ def test_exactly_the_k_largest_are_chosen_and_ties_in_order(data):
     k = data.draw(st.integers(0, n))
     magnitudes = torch.cat(tensors).abs().tolist()
     chosen = set(sorted(range(n), key=lambda i: -magnitudes[i])[:k])  # sorted() is stable: first come first
-    for others in (True, False):
-        largest = Largest(k, lambda: tensors)
-        left = []
-        for tensor in tensors:
-            copy = tensor.clone()
-            largest.zero(copy, others)
-            assert torch.equal(copy[copy != 0], tensor[copy != 0])
-            left += (~((copy == 0) & (tensor != 0))).tolist()
-        expected = [magnitudes[i] == 0 or (i in chosen) == others for i in range(n)]
-        assert left == expected
+    largest = Largest(k, tensors)
+    assert [bool(x) for tensor in tensors for x in largest.mask(tensor)] == [i in chosen for i in range(n)]
 
 
-def test_trimming_across_pieces_and_tensors_of_all_equal_magnitude():
-    tensors = [torch.full((700, 500), -2.0), torch.full((300_000,), 2.0), torch.zeros(10)]
-    for k in (0, 1, 349_999, 350_001, 650_000, 650_010):
-        largest = Largest(k, lambda: tensors)
-        kept = [int(largest.zero(t.clone(), others=True).count_nonzero()) for t in tensors]
-        assert kept == [min(k, 350_000), max(0, min(k, 650_000) - 350_000), 0]
+def test_nan_counts_as_the_largest():
+    tensor = torch.tensor([1.0, math.nan, 3.0])
+    assert Largest(2, [tensor]).mask(tensor).tolist() == [False, True, True]
 
 
 def test_scope_model_ranks_over_the_whole_model_and_scope_tensor_within_each():
@@ -500,21 +479,17 @@ def test_ema_unrolls_to_the_weighted_sum_of_all_experts(base):
     assert_close(u, merged({"rule": "interpolate", "weights": weights}, [base, *experts]), 1e-5)
 
 
-def drift(spec, updates, delta=1.0):
-    """|u_t − θ_0| per coordinate under init ema, where every update moves the weights by `delta`."""
-    base = {"w": torch.zeros(64, 64)}
-    u, out = base, []
-    for t in range(updates):
-        e = {"w": u["w"] + delta * (1 if t == 0 or delta == 1 else 0)}
-        u = merged({**spec, **({"seed": t} if spec["rule"] == "dare" else {})}, [u, e], base)
-        out.append(u["w"].square().mean().sqrt().item())
-    return out
-
-
 def test_the_trap_task_arithmetic_of_scale_1_doubles_the_displacement_at_each_update():
-    assert drift({"rule": "task_arithmetic", "scale": 1.0}, 5) == [1, 3, 7, 15, 31]
-    assert drift({"rule": "task_arithmetic", "scale": 0.5}, 4) == [0.5, 1, 1.5, 2]  # the mean of old and new
-    assert drift({"rule": "task_arithmetic", "scale": 0.1}, 40)[-1] == pytest.approx(0.125)
+    """Each update moves the weights by 1; scale 0.5 is the mean of old and new."""
+    for scale, expected in (
+        (1.0, [1, 3, 7, 15, 31]),
+        (0.5, [0.5, 1, 1.5, 2, 2.5]),
+        (0.1, [0.1, 0.12, 0.124]),
+    ):
+        base = u = {"w": torch.zeros(1)}
+        for displacement in expected:
+            u = merged({"rule": "task_arithmetic", "scale": scale}, [u, {"w": u["w"] + 1}], base)
+            assert u["w"].item() == pytest.approx(displacement)
 
 
 @pytest.mark.parametrize(
@@ -539,17 +514,9 @@ def test_growth_is_the_measured_factor_of_a_displacement_that_both_models_share(
     assert got == pytest.approx(growth, rel=0.02)
 
 
-def test_opcm_repeats_what_is_no_matrix_under_init_ema():
-    assert build_rule({"rule": "opcm"}).growth == 2.0
-    base = {"matrix": torch.zeros(3, 3), "vector": torch.zeros(3)}
-    old = {"matrix": torch.eye(3), "vector": torch.ones(3)}
-    got = merged({"rule": "opcm"}, [old, old], base)
-    assert (got["vector"][0] / got["matrix"][0, 0]).item() == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize("kind", [*RECENCY, *(f"reversed_{k}" for k in RECENCY)])
-def test_recency_weights(kind):
-    plain = {
+@pytest.mark.parametrize(
+    "kind, raw",
+    {
         "equal": [1, 1, 1, 1],
         "linear": [1, 2, 3, 4],
         "sqrt": [1, 2**0.5, 3**0.5, 2],
@@ -559,13 +526,13 @@ def test_recency_weights(kind):
         "pow10": [1, 1024, 59049, 1048576],
         "exp2": [2, 4, 8, 16],
         "log": [math.log(2), math.log(3), math.log(4), math.log(5)],
-    }[kind.removeprefix("reversed_")]
-    expected = plain[::-1] if kind.startswith("reversed_") else plain
-    assert recency(kind, 4) == pytest.approx([w / sum(plain) for w in expected])
+    }.items(),
+)
+def test_recency_weights(kind, raw):
+    assert recency(kind, 4) == pytest.approx([w / sum(raw) for w in raw])
+    assert recency(f"reversed_{kind}", 4) == recency(kind, 4)[::-1]
     assert recency(kind, 1) == [1.0]
-    long = recency(kind, 2000)
-    assert sum(long) == pytest.approx(1) and min(long) >= 0
-    build_rule({"rule": "interpolate", "weights": long})
+    build_rule({"rule": "interpolate", "weights": recency(kind, 2000)})
 
 
 def test_running_forms_need_no_stored_experts(base, experts):
@@ -610,18 +577,6 @@ def test_rules_on_clip_weights_give_a_clip_that_runs(clips, name):
     assert all(torch.isfinite(t).all() for t in out)
 
 
-def test_global_ties_on_clip_weights_equals_peft_on_the_flattened_model(clips):
-    _, base, experts = clips
-    for density in (0.05, 0.2, 1.0):
-        got = merged({"rule": "ties", "density": density}, experts, base)
-        expected = merge_utils.ties([displacement(e, base) for e in experts], torch.ones(3), density)
-        torch.testing.assert_close(flat(got), flat(base) + expected, rtol=1e-6, atol=1e-6)
-        single = merged({"rule": "ties", "density": density}, experts[:1], base)
-        k = int(density * len(expected))
-        moved = displacement(single, base).count_nonzero()  # base + tiny τ may round to base
-        assert k * 0.99 <= moved <= k
-
-
 class Counted(Mapping):
     """A lazy mapping: a fresh copy at each fetch; counts fetches, and tensors still alive over all of them."""
 
@@ -652,7 +607,7 @@ class Counted(Mapping):
 # passes over an expert, and over the base (once for each expert while ranking): compare, rank, merge
 PASSES = dict.fromkeys(NARY, (2, 2)) | {
     "interpolate": (2, 0),
-    "ties": (1 + 2 + 1, 1 + 2 * 8 + 1),
+    "ties": (1 + 1 + 1, 1 + 8 + 1),
     "opcm": (2, 3),
 }
 
@@ -678,48 +633,39 @@ def test_lazy_models_are_read_tensor_by_tensor(clips, name):
 
 
 @pytest.mark.parametrize(
-    "spec,message",
+    "spec, field",
     [
-        ({"rule": "tie"}, "method.rule: unknown 'tie' (did you mean ties?), accepted: interpolate, slerp, "),
-        ({}, "method.rule: unknown None, accepted: "),
-        ({"rule": "ties", "densty": 0.2}, "method.densty: unknown field (did you mean density?), accepted: "),
-        ({"rule": "slerp", "scale": 1}, "method.scale: unknown field, accepted: lines, keep"),
-        ({"rule": "slerp", "keep": 1.5}, "method.keep: expected a number in [0, 1], got 1.5"),
-        ({"rule": "interpolate", "keep": -0.1}, "method.keep: expected a number in [0, 1], got -0.1"),
-        ({"rule": "interpolate", "keep": "much"}, "method.keep: expected a number, got 'much'"),
-        (
-            {"rule": "interpolate", "weights": [0.5, 0.6]},
-            "method.weights: expected numbers from 0 that sum to 1",
-        ),
-        (
-            {"rule": "interpolate", "weights": []},
-            "method.weights: expected numbers from 0 that sum to 1, got []",
-        ),
-        (
-            {"rule": "task_arithmetic", "weights": [-1, 2]},
-            "method.weights: expected numbers from 0 that sum to 1",
-        ),
-        ({"rule": "ties", "density": 0}, "method.density: expected a number in (0, 1], got 0"),
-        ({"rule": "dare", "density": 1.1}, "method.density: expected a number in (0, 1], got 1.1"),
-        ({"rule": "breadcrumbs", "outliers": 2}, "method.outliers: expected a number in [0, 1], got 2"),
-        ({"rule": "magmax", "scale": math.inf}, "method.scale: expected a number, got inf"),
-        ({"rule": "ties", "scale": math.nan}, "method.scale: expected a number, got nan"),
-        ({"rule": "ties", "scope": "layer"}, "method.scope: expected model or tensor, got 'layer'"),
-        ({"rule": "dare", "then": "slerp"}, "method.then: expected task_arithmetic or ties, got 'slerp'"),
-        ({"rule": "dare", "seed": 0.5}, "method.seed: expected a whole number, got 0.5"),
-        ({"rule": "opcm", "alpha": 2}, "method.alpha: expected a number in [0, 1], got 2"),
-        ({"rule": "ties", "lines": {"gamma": 1}}, "method.lines.gamma: unknown field, accepted: alpha, beta"),
+        ({"rule": "tie"}, "rule"),
+        ({}, "rule"),
+        ({"rule": "ties", "densty": 0.2}, "densty"),
+        ({"rule": "slerp", "scale": 1}, "scale"),
+        ({"rule": "slerp", "keep": 1.5}, "keep"),
+        ({"rule": "interpolate", "keep": -0.1}, "keep"),
+        ({"rule": "interpolate", "keep": "much"}, "keep"),
+        ({"rule": "interpolate", "weights": [0.5, 0.6]}, "weights"),
+        ({"rule": "interpolate", "weights": []}, "weights"),
+        ({"rule": "task_arithmetic", "weights": [-1, 2]}, "weights"),
+        ({"rule": "ties", "density": 0}, "density"),
+        ({"rule": "dare", "density": 1.1}, "density"),
+        ({"rule": "breadcrumbs", "outliers": 2}, "outliers"),
+        ({"rule": "magmax", "scale": math.inf}, "scale"),
+        ({"rule": "ties", "scale": math.nan}, "scale"),
+        ({"rule": "ties", "scope": "layer"}, "scope"),
+        ({"rule": "dare", "then": "slerp"}, "then"),
+        ({"rule": "dare", "seed": 0.5}, "seed"),
+        ({"rule": "opcm", "alpha": 2}, "alpha"),
+        ({"rule": "ties", "lines": {"gamma": 1}}, "lines.gamma"),
     ],
+    ids=str,
 )
-def test_wrong_fields_are_refused_by_name(spec, message):
-    with pytest.raises(UserError) as error:
-        build_rule(spec, "method")
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+def test_wrong_fields_are_refused_by_name(spec, field):
+    for where, name in (("method", f"method.{field}"), ("", field)):
+        with pytest.raises(UserError) as error:
+            build_rule(spec, where)
+        assert str(error.value).startswith(f"{name}: ") and "\n" not in str(error.value)
 
 
-def test_fields_without_a_place_and_numbers_as_text():
-    with pytest.raises(UserError, match=r"^density: expected a number in \(0, 1\], got 2"):
-        build_rule({"rule": "ties", "density": 2})
+def test_numbers_may_be_text():
     assert build_rule({"rule": "ties", "density": "1e-3"}) == Ties(density=1e-3)
 
 
@@ -728,65 +674,33 @@ def without(model, *names):
 
 
 @pytest.mark.parametrize(
-    "spec,change,message",
+    "spec, change, message",
     [
-        ({"rule": "slerp"}, lambda m, b: ([*m, m[0]], None), "slerp merges two models, old and new, got 3"),
-        ({"rule": "ties"}, lambda m, b: ([], b), "ties merges at least one model, got 0"),
-        (
-            {"rule": "ties"},
-            lambda m, b: (m, None),
-            "ties works on task vectors here: it needs the base model",
-        ),
-        (
-            {"rule": "slerp", "lines": {}},
-            lambda m, b: (m, None),
-            "slerp works on task vectors here: it needs the base",
-        ),
-        (
-            {"rule": "interpolate", "keep": 0.5},
-            lambda m, b: ([*m, m[0]], None),
-            "keep: is the share of old of two",
-        ),
-        (
-            {"rule": "interpolate", "weights": [1]},
-            lambda m, b: (m, None),
-            "weights: expected one for each of 2 models",
-        ),
+        ({"rule": "slerp"}, lambda m, b: ([*m, m[0]], None), "slerp merges two models"),
+        ({"rule": "ties"}, lambda m, b: ([], b), "ties merges at least one model"),
+        ({"rule": "ties"}, lambda m, b: (m, None), "ties .*base"),
+        ({"rule": "slerp", "lines": {}}, lambda m, b: (m, None), "slerp .*base"),
+        ({"rule": "interpolate", "keep": 0.5}, lambda m, b: ([*m, m[0]], None), "keep: "),
+        ({"rule": "interpolate", "weights": [1]}, lambda m, b: (m, None), "weights: .*2 models"),
         (
             {"rule": "interpolate"},
-            lambda m, b: ([without(m[0], "a.weight", "b.bias"), m[1] | {"x": torch.ones(1)}], None),
-            "models differ in 3 tensor names: a.weight only in model 2, b.bias only in model 2, x only in model 2",
+            lambda m, b: ([without(m[0], "a.weight"), m[1] | {"x": torch.ones(1)}], None),
+            "models differ in 2 tensor names: a.weight only in model 2, x only in model 2",
         ),
-        (
-            {"rule": "ties"},
-            lambda m, b: (m, b | {"y": torch.ones(1)}),
-            "models differ in 1 tensor names: y only in base",
-        ),
+        ({"rule": "ties"}, lambda m, b: (m, b | {"y": torch.ones(1)}), "models .*: y only in base"),
         (
             {"rule": "ties"},
             lambda m, b: (m, b | {"b.bias": torch.ones(7)}),
-            "models differ in tensor b.bias: (7,) torch.float32 in base, (31,) torch.float32 in model 2",
+            r"models differ in tensor b.bias: \(7,\) torch.float32 in base, \(31,\) torch.float32 in model 2",
         ),
         (
             {"rule": "interpolate"},
             lambda m, b: ([m[0] | {"b.bias": m[0]["b.bias"].int()}, m[1]], None),
-            "models differ in tensor b.bias: (31,) torch.int32 in model 1, (31,) torch.float32 in model 2",
+            "models differ in tensor b.bias: .*int32 in model 1, .*float32 in model 2",
         ),
     ],
 )
 def test_models_that_cannot_be_merged_are_refused_before_any_work(base, spec, change, message):
     models, base = change(experts_of(base, 2), base)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^{message}"):
         merge(build_rule(spec), models, base)  # not even iterated
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
-
-
-def test_every_rule_is_described_by_its_class():
-    for name, rule in RULES.items():
-        assert rule().name == name and "init ema:" in " ".join(rule.__doc__.split())
-    assert [n for n, r in RULES.items() if r.pairwise] == ["slerp"]
-    assert [n for n, r in RULES.items() if not r().needs_base] == ["interpolate", "slerp"]
-    assert [n for n, r in RULES.items() if "weights" in r.__dataclass_fields__] == [
-        "interpolate",
-        "task_arithmetic",
-    ]

@@ -1,4 +1,4 @@
-"""What a recipe would take, said before anything is written: steps, hours, memory, disk."""
+"""What a recipe would take, before anything is written: steps, hours, memory, disk."""
 
 import time
 
@@ -15,7 +15,7 @@ from fomo.train import Precision
 USED = 0.4  # of the matrix rate that training reaches: a guess until the run has timed itself
 
 
-def foresee(recipe: Recipe, device: str) -> str:
+def dry_run(recipe: Recipe, device: str) -> str:
     """Needs the data file and the model's architecture; no weights, no picture is decoded."""
     place = pick_device(device, recipe.threads)
     data = datafile.read(recipe.data)
@@ -23,17 +23,21 @@ def foresee(recipe: Recipe, device: str) -> str:
     entries = [*data.adaptation.values(), *data.evaluation.values()]
     tests = [source for entry in entries if (source := entry.open("test")) is not None]
     scored = sum(map(len, tests))
+    pools = len(data.pretraining)
+    pool = f"a pretraining pool of {pools} sources" if pools else "no pretraining pool"
     updates, work = recipe.stream.updates, work_of(recipe)
     rate = matrix_rate(place, Precision(recipe.precision, place).dtype) / 1e9
     lines = [
-        f"learns {len(concepts)} concepts with {sum(sizes):,} pictures in {updates} updates; {pool_text(data)}",
+        f"learns {len(concepts)} concepts with {sum(sizes):,} pictures in {updates} updates; {pool}",
         f"scored on {len(tests)} test sets with {scored:,} pictures",
         *training_lines(recipe, work, updates, scored, rate),
         f"memory: {work.peak_memory / 2**30:.1f} GiB on the {place.type} for a step, of what torch allocates",
         f"disk: about {disk(recipe) / 2**30:.2g} GiB of weights and checkpoints in the run folder",
     ]
     if not data.pretraining:
-        lines.append(no_pool(data))
+        costs = "nothing that the model knew before is replayed, so it forgets more (docs/life.md)"
+        entry = "pretraining: [{source: webdataset, path: 'cc3m/{0000..0019}.tar'}]"
+        lines.append(f"{data.path}: without a pretraining pool {costs}; to add one: {entry}")
     return "\n".join(lines)
 
 
@@ -43,7 +47,9 @@ def training_lines(recipe: Recipe, work: Work, updates: int, scored: int, rate: 
     passes = 2 + recipe.evaluation.subset * max(updates - 1, 0) / recipe.evaluation.every
     scoring = scored * forward * passes
     if recipe.budget.hours is not None:
-        return [f"each update takes {recipe.budget.hours:g} hours, as said; its first steps decide how many"]
+        return [
+            f"each update takes {recipe.budget.hours:g} hours, as the recipe says; its first steps decide how many"
+        ]
     steps = planned_steps(recipe, work, updates)
     training = updates * (steps * work.gflops_per_step + work.gflops_per_update)
     hours = (training + scoring) / (USED * rate) / 3600
@@ -68,24 +74,9 @@ def matrix_rate(device: torch.device, dtype: torch.dtype | None, turns: int = 5)
 
 
 def disk(recipe: Recipe) -> float:
-    """Bytes: deployed weights and their states, as many as are kept, and the two last checkpoints."""
-    kept = recipe.evaluation.keep_weights
-    count = recipe.stream.updates + 1 if kept is None else min(kept, recipe.stream.updates) + 1
+    """Bytes: deployed weights and their states, as many as stay, and the two last checkpoints."""
+    updates, last = recipe.stream.updates, recipe.evaluation.keep_weights
+    count = 1 + (updates if last is None else min(last, updates))
     with Fake():
         weights = sum(p.numel() * 4 for p in new_model(architecture(recipe.model)).parameters())
     return weights * (2 * count + 2 * 3 + 1)  # a checkpoint within an update has two moments of each, too
-
-
-def pool_text(data: datafile.DataFile) -> str:
-    return (
-        f"a pretraining pool of {len(data.pretraining)} sources"
-        if data.pretraining
-        else "no pretraining pool"
-    )
-
-
-def no_pool(data: datafile.DataFile) -> str:
-    """What its absence costs and how to add one."""
-    costs = "nothing that the model knew before is replayed, so it forgets more (docs/life.md)"
-    entry = "pretraining: [{source: webdataset, path: 'cc3m/{0000..0019}.tar'}]"
-    return f"{data.path}: without a pretraining pool {costs}; to add one: {entry}"

@@ -3,9 +3,9 @@
 Fake tensors have shapes and storages of a size, but no content: a step of any model at any batch size runs in
 seconds on a laptop. What runs is the training itself, the real methods on open_clip's model, through two updates:
 
-    prepare, before_update              weights, and what a method keeps
+    prepare, before_update              weights, and what a method holds
     after_update                        EWC's Fisher, a merge
-    before_update, optimizer's moments  all that a method holds in the middle of its life
+    before_update, optimizer's moments  all that a method holds in its second update
     forward, backward, clipping, optimizer step, after_step      counted: FLOPs
     all of it                           counted: the peak
 
@@ -73,7 +73,7 @@ def count(training: Training) -> Counted:
             model = new_model(training.config)
         method = build_method(training.method)
         try:
-            live(model, method, training, CPU, flops)
+            two_updates(model, method, training, CPU, flops)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             name = training.method["name"]
             problem = (
@@ -92,11 +92,11 @@ def measure(training: Training) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     model = new_model(training.config).to(device)
-    live(model, build_method(training.method), training, device, nullcontext())
+    two_updates(model, build_method(training.method), training, device, nullcontext())
     return torch.cuda.max_memory_allocated()
 
 
-def live(
+def two_updates(
     model: nn.Module,
     method: Method,
     training: Training,
@@ -109,8 +109,8 @@ def live(
     parameters = method.prepare(model)
     inner = method
     while isinstance(inner, Merge):
-        inner.rule = Interpolate()  # what is kept is decided; other rules may look at values
-        inner = inner.inner
+        inner.rule = Interpolate()  # which models it holds is decided; other rules may look at values
+        inner = inner.tune
     method.before_update(model)
     with precision.autocast():
         method.after_update(model, [batch])
@@ -211,9 +211,9 @@ def attention(query: torch.Size, key: torch.Size, value: torch.Size, *rest, **na
 
 
 def attention_backward(
-    slope: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *rest, **named
+    gradient: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *rest, **named
 ) -> int:
-    return sdpa_backward_flop_count(slope, query, key, value)
+    return sdpa_backward_flop_count(gradient, query, key, value)
 
 
 # torch's counter knows CUDA's fused attention, not the CPU's, which computes the same.

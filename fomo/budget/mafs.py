@@ -4,7 +4,7 @@
     MAFs       = FLOPs x multiplier
     steps      = (total / T / multiplier - FLOPs at the end of an update) / FLOPs of a step, rounded
 
-FLOPs and memory come from counting.py, once per model, method, batch size and precision: results are kept in the
+FLOPs and memory come from flops_memory.py, once per model, method, batch size and precision: results stay in the
 cache folder. docs/budget.md says what is counted and why.
 """
 
@@ -12,10 +12,10 @@ import csv
 import dataclasses
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import open_clip
 import torch
@@ -29,8 +29,8 @@ from fomo.errors import FieldError, UserError, one_line
 from fomo.load_recipe import ROOT, load
 from fomo.methods import innermost
 from fomo.recipe import Model, Recipe
-from fomo.schema import one_of
-from fomo.text import whole_numbers
+from fomo.schema import Count, Positive, build, convert, one_of
+from fomo.text import aligned
 
 # Rows of the table: recipes/methods/NAME.yaml, with the paper's multiplier for ViT-B-16 at batch 512 (Table 4).
 PAPER = {
@@ -82,11 +82,10 @@ class Work:
 def work_of(recipe: Recipe) -> Work:
     """Of the recipe's model, method, batch size and precision."""
     training = training_of(recipe)
-    counted = kept(training)
-    finetuning = kept(dataclasses.replace(training, method={"name": "finetune"}))
+    counted = counted_once(training)
+    finetuning = counted_once(dataclasses.replace(training, method={"name": "finetune"}))
     per_step, per_update = counted.step_flops / 1e9, counted.update_flops / 1e9
-    every_step = recipe.budget.fisher == "per_step" and innermost(recipe.method)["name"] == "ewc"
-    if every_step:  # as the paper's Table 4
+    if recipe.budget.fisher == "per_step" and innermost(recipe.method)["name"] == "ewc":  # as in Table 4
         per_step, per_update = per_step + per_update, 0.0
     multiplier = round(counted.peak_memory / finetuning.peak_memory, 4)
     return Work(per_step, per_update, counted.peak_memory, multiplier)
@@ -137,10 +136,10 @@ def architecture(model: Model) -> dict:
     return config
 
 
-def kept(training: Training) -> Counted:
-    """Counted, or as it was counted before."""
-    what = {**dataclasses.asdict(training), "version": VERSION, "torch": torch.__version__}
-    what["open_clip"] = open_clip.__version__
+def counted_once(training: Training) -> Counted:
+    """Counted, or read from the cache if it was counted before."""
+    versions = {"version": VERSION, "torch": torch.__version__, "open_clip": open_clip.__version__}
+    what = {**dataclasses.asdict(training), **versions}
     key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:20]
     file = cache_root() / "budget" / key / "counted.json"
     if not file.exists():
@@ -183,29 +182,26 @@ class Table:
         return json.dumps({**head, "rows": rows}, indent=2)
 
     def as_text(self) -> str:
-        heads = [
-            "method",
-            "GFLOPs/step",
-            "GFLOPs/update",
-            "peak GiB",
-            *(["measured"] if self.measured else []),
-        ]
-        heads += ["multiplier", *(["paper"] if self.paper else []), "MAFs/step"]
-        lines = [[*heads, *(f"T={n}" for n in self.updates)]]
-        for name, work in self.rows.items():
-            line = [name, f"{work.gflops_per_step:,.4f}", f"{work.gflops_per_update:,.1f}"]
-            line.append(f"{work.peak_memory / 2**30:.2f}")
-            line += [f"{self.measured[name] / 2**30:.2f}"] if self.measured else []
-            line.append(f"{work.multiplier:.4f}")
-            line += ["-" if PAPER.get(name) is None else f"{PAPER[name]:.4f}"] if self.paper else []
-            line.append(f"{work.mafs_per_step:,.4f}")
-            lines.append([*line, *(f"{work.steps(self.total_gflops, n):,}" for n in self.updates)])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines
-        )
+        rows = [self.cells(name, work) for name, work in self.rows.items()]
+        table = aligned([list(rows[0]), *(list(row.values()) for row in rows)])
         total = f"{self.total_gflops:,.0f} GFLOPs in all, memory-adjusted; steps of an update, if there are T"
-        return f"{self.scale}, batch size {self.batch_size}: {total}\n{text}"
+        return f"{self.scale}, batch size {self.batch_size}: {total}\n{table}"
+
+    def cells(self, name: str, work: Work) -> dict[str, str]:
+        """A row of the printed table by column."""
+        cells = {
+            "method": name,
+            "GFLOPs/step": f"{work.gflops_per_step:,.4f}",
+            "GFLOPs/update": f"{work.gflops_per_update:,.1f}",
+            "peak GiB": f"{work.peak_memory / 2**30:.2f}",
+        }
+        if self.measured:
+            cells["measured"] = f"{self.measured[name] / 2**30:.2f}"
+        cells["multiplier"] = f"{work.multiplier:.4f}"
+        if self.paper:
+            cells["paper"] = "-" if PAPER.get(name) is None else f"{PAPER[name]:.4f}"
+        cells["MAFs/step"] = f"{work.mafs_per_step:,.4f}"
+        return cells | {f"T={n}": f"{work.steps(self.total_gflops, n):,}" for n in self.updates}
 
 
 def make_table(
@@ -214,16 +210,16 @@ def make_table(
     memory_table: str | None,
     fisher: str | None,
     measured: bool,
-    said: Mapping,
+    options: Mapping,
 ) -> Table:
-    """`said`: scale, overrides, ... as recipe.load takes them."""
+    """`options`: scale, overrides, ... as load_recipe.load takes them."""
     names = [name.strip() for name in methods.split(",")] if methods else list(PAPER)
     known = (*PAPER, *sorted({path.stem for path in (ROOT / "methods").glob("*.yaml")} - PAPER.keys()))
     for name in names:
         one_of("--methods", name, known)
-    counts = whole_numbers("--updates", updates, least=1)
+    counts = convert(updates.split(","), list[Count], "--updates")
     peaks = read_peaks(memory_table) if memory_table else {}
-    recipes = {name: recipe_of(name, fisher, said) for name in dict.fromkeys(["finetune", *names])}
+    recipes = {name: recipe_of(name, fisher, options) for name in dict.fromkeys(["finetune", *names])}
     finetuning = recipes["finetune"]
     with tqdm(recipes.items(), desc="counting", unit="method", leave=False) as bar:
         works = {name: work_of(recipe) for name, recipe in bar}
@@ -232,15 +228,15 @@ def make_table(
         scale=finetuning.scale,
         batch_size=finetuning.optimizer.batch_size,
         total_gflops=total_of(finetuning, works["finetune"]),
-        updates=counts,
-        rows={name: work for name, work in replaced(works, peaks).items() if name in names},
+        updates=list(dict.fromkeys(counts)),
+        rows={name: work for name, work in with_peaks(works, peaks).items() if name in names},
         measured=on_device,
         paper=finetuning.model.name == "ViT-B-16" and finetuning.optimizer.batch_size == 512,
     )
 
 
-def recipe_of(name: str, fisher: str | None, said: Mapping) -> Recipe:
-    recipe = load(ROOT / "methods" / f"{name}.yaml", **said)
+def recipe_of(name: str, fisher: str | None, options: Mapping) -> Recipe:
+    recipe = load(ROOT / "methods" / f"{name}.yaml", **options)
     if fisher is None:
         return recipe
     return dataclasses.replace(recipe, budget=dataclasses.replace(recipe.budget, fisher=fisher))
@@ -256,46 +252,43 @@ def total_of(recipe: Recipe, finetuning: Work) -> float:
     return recipe.steps * recipe.stream.updates * finetuning.mafs_per_step
 
 
-def replaced(works: dict[str, Work], peaks: dict[str, float]) -> dict[str, Work]:
+def with_peaks(works: dict[str, Work], peaks: dict[str, float]) -> dict[str, Work]:
     """With the peaks of a table (GiB) in place of ours."""
-    if not peaks:
-        return works
     memory = {
         name: round(peaks[name] * 2**30) if name in peaks else w.peak_memory for name, w in works.items()
     }
-    base = memory["finetune"]
+    multipliers = {name: round(peak / memory["finetune"], 4) for name, peak in memory.items()}
     return {
-        name: dataclasses.replace(work, peak_memory=memory[name], multiplier=round(memory[name] / base, 4))
+        name: dataclasses.replace(work, peak_memory=memory[name], multiplier=multipliers[name])
         for name, work in works.items()
     }
 
 
+@dataclass(frozen=True)
+class PeakRow:
+    """A line of --memory-table."""
+
+    method: Literal[(*PAPER,)]
+    peak_gib: Positive
+
+
 def read_peaks(path: str) -> dict[str, float]:
     """A CSV file `method,peak_gib` -> GiB by method."""
+    columns = [field.name for field in dataclasses.fields(PeakRow)]
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            return dict(peaks_of(csv.DictReader(file), path))
+            table = csv.DictReader(file)
+            rows, heads = [(table.line_num, row) for row in table], table.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--memory-table {path}: cannot be read: {one_line(error)}") from None
-
-
-def peaks_of(rows: csv.DictReader, path: str) -> Iterable[tuple[str, float]]:
-    columns = ["method", "peak_gib"]
-    if not set(columns) <= set(rows.fieldnames or []):
-        found = ",".join(rows.fieldnames or []) or "nothing"
+    if not set(columns) <= set(heads):
+        found = ",".join(heads) or "nothing"
         raise UserError(f"--memory-table {path}: expected the columns {','.join(columns)}, found {found}")
-    seen = set()
-    for row in rows:
-        where = f"--memory-table {path}, line {rows.line_num}"
-        name, text = ((row[column] or "").strip() for column in columns)
-        one_of(f"{where}: method", name, tuple(PAPER))
-        if name in seen:
-            raise UserError(f"{where}: {name} stands there twice")
-        seen.add(name)
-        try:
-            peak = float(text)
-        except ValueError:
-            peak = math.nan
-        if not 0 < peak < math.inf:
-            raise UserError(f"{where}: peak_gib of {name} is {text!r}, expected a positive number")
-        yield name, peak
+    peaks: dict[str, float] = {}
+    for line, row in rows:
+        where = f"--memory-table {path}, line {line}"
+        peak = build(PeakRow, {column: (row[column] or "").strip() for column in columns}, where)
+        if peak.method in peaks:
+            raise UserError(f"{where}: {peak.method} stands there twice")
+        peaks[peak.method] = peak.peak_gib
+    return peaks

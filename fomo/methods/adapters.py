@@ -4,13 +4,13 @@
     dora   fold = m (W₀ + α B A) / ‖W₀ + α B A‖                   dora.py
     vera   fold = W₀ + diag(b) B diag(d) A                        vera.py
 
-W is (out, in). The fused in_proj of an attention is three matrices, for q, k and v, with factors of their own.
+W is (out, in). The fused in_proj of an attention is three matrices, for q, k and v, each with its factors.
 
 The model always holds the folded W, under open_clip's name; W₀ and the factors live here. So what evaluates, saves
 or merges a model knows nothing of adapters, and there is nothing to fold before deploying. A training step is
 
     forward, backward   as in any model; they end in the dense gradient G = ∂L/∂W
-    hook on W           ∂L/∂factor = Σ G ∂fold/∂factor (`slopes`), then G is dropped
+    hook on W           ∂L/∂factor = Σ G ∂fold/∂factor (`gradients`), then G is dropped
     optimizer           moves the factors, the only thing it sees
     after_step          W = fold(W₀, factors)
 
@@ -27,15 +27,16 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fomo.errors import FieldError
-from fomo.methods.base import Method, Weights
+from fomo.methods.base import Method
 from fomo.methods.subsets import in_both_towers, train_only
-from fomo.schema import at_least, one_of
+from fomo.schema import Count
+from fomo.weights import Weights
 
 # Blocks of open_clip's transformers, of timm's ViTs and ConvNeXts, and the attention pool of open_clip's ResNets.
 TARGETS = {
@@ -58,18 +59,17 @@ class Adapted:
 
 @dataclass
 class Adapter(Method):
-    rank: int = 4  # r, the inner dimension of B A
-    targets: list[str] = field(default_factory=lambda: ["in_proj", "c_proj"])
+    rank: Count = 4  # r, the inner dimension of B A
+    targets: list[Literal["in_proj", "out_proj", "c_fc", "c_proj"]] = field(
+        default_factory=lambda: ["in_proj", "c_proj"]
+    )
     adapted: dict[str, Adapted] = field(default_factory=dict, init=False)  # by parameter name
     generator: torch.Generator = field(default_factory=torch.Generator, init=False)
     TRAINED: ClassVar[tuple[str, ...]] = ()  # names of the factors that are
 
     def __post_init__(self):
-        at_least("method.rank", self.rank, 1)
         if not self.targets:
             raise FieldError("method.targets", f"say at least one of {', '.join(TARGETS)}")
-        for i, target in enumerate(self.targets):
-            one_of(f"method.targets[{i}]", target, tuple(TARGETS))
 
     def fresh(self, base: Tensor) -> Weights:
         """Factors (P, ., .) to start from: fold(base, **fresh(base)) is `base`, bit by bit."""
@@ -79,7 +79,7 @@ class Adapter(Method):
         """The formula. (P, out, in) -> (P, out, in)."""
         raise NotImplementedError
 
-    def slopes(self, dense: Tensor, base: Tensor, **factors: Tensor) -> Weights:
+    def gradients(self, dense: Tensor, base: Tensor, **factors: Tensor) -> Weights:
         """∂L/∂factor of each trained factor, from `dense` = ∂L/∂fold (P, out, in)."""
         raise NotImplementedError
 
@@ -116,10 +116,10 @@ class Adapter(Method):
 
         @torch.no_grad()
         def hook(weight: nn.Parameter) -> None:
-            slopes = self.slopes(weight.grad.view_as(adapted.base), adapted.base, **adapted.factors)
-            for name, slope in slopes.items():
+            dense = weight.grad.view_as(adapted.base)
+            for name, gradient in self.gradients(dense, adapted.base, **adapted.factors).items():
                 factor = adapted.factors[name]
-                factor.grad = slope if factor.grad is None else factor.grad + slope
+                factor.grad = gradient if factor.grad is None else factor.grad + gradient
             weight.grad = None
 
         return hook

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from fomo.clip import Features
 from fomo.distributed import ALONE, Ranks
 from fomo.recipe import Optimizer
-from fomo.schema import build
-
-Weights = dict[str, Tensor]
+from fomo.weights import Weights
 
 
 class Inputs(NamedTuple):
@@ -33,18 +31,8 @@ class Inputs(NamedTuple):
 class Method:
     """Finetune everything (the paper's full-ft). Hooks in call order, all with working defaults.
 
-    A method's dataclass fields are what a recipe may say of it.
+    A method's dataclass fields are what a recipe may say of it, checked by their types (schema.py).
     """
-
-    @classmethod
-    def from_spec(cls, spec: dict, where: str = "method") -> "Method":
-        """{'name': 'finetune', ...} without the name -> the method, its fields checked."""
-        return build(cls, spec, where)
-
-    @classmethod
-    def accepted(cls, spec: dict) -> set[str]:
-        """The fields that `spec` may have."""
-        return {name for name, field in cls.__dataclass_fields__.items() if field.init}
 
     def keep_in(self, folder: Path) -> None:
         """Before `prepare`: the run folder, for a method whose state is too large for memory."""
@@ -94,7 +82,7 @@ class Method:
         """The inverse of `state`, after `prepare`."""
 
     def cost(self, step: float, batch: int) -> tuple[float, float]:
-        """FLOPs on top of a training step's, which are counted (budget.py): (of each step, of each update).
+        """FLOPs on top of those of a training step, which are counted: (of each step, of each update).
 
         After `prepare`. A step of `batch` pairs has `step` FLOPs, with what `penalty` and `optimizer` multiply.
         """

@@ -21,47 +21,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomo.clip import Features, encode
-from fomo.errors import FieldError
 from fomo.methods.base import Inputs, Method
-from fomo.schema import at_least
+from fomo.schema import NotNegative, Positive
 
 PRETRAINING = 0  # of Inputs.pools
 
 
 @dataclass
 class Distill(Method):
-    weight: float = 1.0  # w
-    temperature: float = 2.0  # T
+    weight: NotNegative = 1.0  # w
+    temperature: Positive = 2.0  # T
     teacher: nn.Module | None = field(default=None, init=False)  # θ_0
-
-    def __post_init__(self):
-        at_least("method.weight", self.weight, 0)
-        if self.temperature <= 0:
-            raise FieldError("method.temperature", f"must be positive, got {self.temperature:g}")
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         self.teacher = copy.deepcopy(model).eval().requires_grad_(False)
         return super().prepare(model)
 
     def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
-        every = torch.nonzero(batch.ranks.all_gather(batch.pools) == PRETRAINING)[:, 0]  # (n,)
-        if not len(every):
+        chosen = torch.nonzero(batch.ranks.all_gather(batch.pools) == PRETRAINING)[:, 0]  # (n,)
+        if not len(chosen):
             return 0.0
         rows = (*features[:2], *self.targets(batch, features))
-        images, texts, kept_images, kept_texts = (batch.ranks.all_gather(x)[every] for x in rows)
+        images, texts, old_images, old_texts = (batch.ranks.all_gather(x)[chosen] for x in rows)
         with torch.autocast(images.device.type, enabled=False):  # similarities of ±100 need float32
-            kept = self.teacher.logit_scale.exp() * kept_images @ kept_texts.T / self.temperature
-            now = features.logit_scale * images @ texts.T / self.temperature  # (n, n)
-            divergence = (kl(kept, now) + kl(kept.T, now.T)) / 2
+            old = self.teacher.logit_scale.exp() * old_images @ old_texts.T / self.temperature
+            new = features.logit_scale * images @ texts.T / self.temperature  # (n, n)
+            divergence = (kl(old, new) + kl(old.T, new.T)) / 2
         return self.weight * self.temperature**2 * divergence
 
     @torch.no_grad()
     def targets(self, batch: Inputs, features: Features) -> list[Tensor]:
         """The teacher's images and texts (B, D), zeros where a pair is not of the pretraining pool."""
-        own = torch.nonzero(batch.pools == PRETRAINING)[:, 0]
+        rows = torch.nonzero(batch.pools == PRETRAINING)[:, 0]
         images, texts = (torch.zeros_like(x) for x in features[:2])
-        if len(own):
-            images[own], texts[own], *_ = encode(self.teacher, batch.images[own], batch.tokens[own])
+        if len(rows):
+            images[rows], texts[rows], *_ = encode(self.teacher, batch.images[rows], batch.tokens[rows])
         return [images, texts]
 
     def state(self) -> dict:
@@ -71,6 +65,6 @@ class Distill(Method):
         self.teacher.load_state_dict(state["teacher"])
 
 
-def kl(kept: Tensor, now: Tensor) -> Tensor:
-    """Mean over rows of KL(softmax(kept) || softmax(now))."""
-    return F.kl_div(now.log_softmax(1), kept.log_softmax(1), reduction="batchmean", log_target=True)
+def kl(old: Tensor, new: Tensor) -> Tensor:
+    """Mean over rows of KL(softmax(old) || softmax(new))."""
+    return F.kl_div(new.log_softmax(1), old.log_softmax(1), reduction="batchmean", log_target=True)

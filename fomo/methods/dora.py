@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fomo.methods.base import Weights
 from fomo.methods.lora import Lora
+from fomo.weights import Weights
 
 
 @dataclass
@@ -27,11 +27,11 @@ class Dora(Lora):
         V = super().fold(base, A, B)
         return m / lengths(V.detach()) * V
 
-    def slopes(self, dense: Tensor, base: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Weights:
+    def gradients(self, dense: Tensor, base: Tensor, A: Tensor, B: Tensor, m: Tensor) -> Weights:
         V = super().fold(base, A, B)
         length = lengths(V)
         of_m = (dense * V).sum(-1, keepdim=True) / length
-        return {"m": of_m, **super().slopes(m / length * dense, base, A, B)}
+        return {"m": of_m, **super().gradients(m / length * dense, base, A, B)}
 
 
 def lengths(V: Tensor) -> Tensor:

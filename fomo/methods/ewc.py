@@ -15,50 +15,34 @@ without its exponential, and only update data is seen.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fomo.clip import Features, contrastive_loss, encode
-from fomo.errors import FieldError
-from fomo.methods.base import Inputs, Method, Weights
-from fomo.methods.pull import pull
-from fomo.schema import at_least
+from fomo.methods.base import Inputs
+from fomo.methods.pull import Pulled
+from fomo.schema import Count, NotNegative, Share
+from fomo.weights import Weights
 
 
 @dataclass
-class Ewc(Method):
-    strength: float = 1.0  # λ (e_lambda)
-    decay: float = 1.0  # γ
-    samples: int = 50_000  # that the Fisher is estimated on, rounded up to whole batches
-    trained: dict[str, nn.Parameter] = field(default_factory=dict, init=False)  # θ
-    anchor: Weights = field(default_factory=dict, init=False)  # θ*
-    fisher: Weights = field(default_factory=dict, init=False)  # F, empty in the first update
+class Ewc(Pulled):
+    """`importance` is F."""
 
-    def __post_init__(self):
-        at_least("method.strength", self.strength, 0)
-        at_least("method.samples", self.samples, 1)
-        if not 0 <= self.decay <= 1:
-            raise FieldError("method.decay", f"must lie between 0 and 1, got {self.decay:g}")
-
-    def prepare(self, model: nn.Module) -> list[nn.Parameter]:
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        return list(self.trained.values())
-
-    def before_update(self, model: nn.Module) -> None:
-        self.anchor = {name: p.detach().clone() for name, p in self.trained.items()}
+    strength: NotNegative = 1.0  # λ (e_lambda)
+    decay: Share = 1.0  # γ
+    samples: Count = 50_000  # that the Fisher is estimated on, rounded up to whole batches
 
     def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
-        if not self.fisher:
-            return 0.0
-        return self.strength / 2 * pull(self.fisher, self.anchor, self.trained)
+        return self.strength / 2 * self.pull()
 
     def after_update(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
         fresh = self.estimate(model, batches)
-        for name, old in self.fisher.items():
+        for name, old in self.importance.items():
             fresh[name].add_(old, alpha=self.decay)
-        self.fisher = fresh
+        self.importance = fresh
 
     def estimate(self, model: nn.Module, batches: Iterable[Inputs]) -> Weights:
         """F_new. In evaluation mode: nothing is dropped, no running statistics of a batch norm move."""
@@ -78,15 +62,6 @@ class Ewc(Method):
             if seen >= self.samples:
                 break
         return {name: squares.div_(max(count, 1)) for name, squares in total.items()}
-
-    def state(self) -> dict:
-        return {"anchor": self.anchor, "fisher": self.fisher}
-
-    def load_state(self, state: dict) -> None:
-        self.anchor, self.fisher = (
-            {name: tensor.to(self.trained[name].device) for name, tensor in state[key].items()}
-            for key in ("anchor", "fisher")
-        )
 
     def cost(self, step: float, batch: int) -> tuple[float, float]:
         """The Fisher's batches: a forward and a backward pass each, as in a step."""

@@ -24,24 +24,15 @@ from torch import Tensor, nn
 from fomo.errors import FieldError
 from fomo.methods.base import Method
 from fomo.recipe import Optimizer
-from fomo.schema import at_least, one_of
-
-SIDES = ("std", "reverse_std", "right", "left")  # as released; std: the shorter side
+from fomo.schema import Count, NotNegative
 
 
 @dataclass
 class GaLore(Method):
-    rank: int = 16  # r
-    gap: int = 200  # T: steps between renewals of the projection
-    scale: float = 2.0  # α: on the step of projected matrices
-    side: str = "std"
+    rank: Count = 16  # r
+    gap: Count = 200  # T: steps between renewals of the projection
+    scale: NotNegative = 2.0  # α: on the step of projected matrices
     shapes: list[torch.Size] = field(default_factory=list, init=False)  # of projected matrices
-
-    def __post_init__(self):
-        at_least("method.rank", self.rank, 1)
-        at_least("method.gap", self.gap, 1)
-        at_least("method.scale", self.scale, 0)
-        one_of("method.side", self.side, SIDES)
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         parameters = super().prepare(model)
@@ -54,8 +45,7 @@ class GaLore(Method):
 
     def optimizer(self, parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
         adamw = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
-        own = {"rank": self.rank, "gap": self.gap, "scale": self.scale, "side": self.side}
-        return GaLoreAdamW(parameters, {**adamw, **own})
+        return GaLoreAdamW(parameters, {**adamw, "rank": self.rank, "gap": self.gap, "scale": self.scale})
 
     def cost(self, step: float, batch: int) -> tuple[float, float]:
         """The singular vectors, (6 m n² + 20 n³) / T for sides m >= n (Golub and Van Loan, table 8.6.1: R-SVD)."""
@@ -83,7 +73,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     def projected(self, p: Tensor, group: dict) -> Tensor:
         """AdamW's direction for the projected gradient, projected back: (m, n)."""
-        state, right = self.state[p], projects_right(group["side"], *p.shape)
+        state, right = self.state[p], p.shape[0] >= p.shape[1]
         grad = p.grad if right else p.grad.T  # written for the right side
         if state.get("step", 0) % group["gap"] == 0:
             state["basis"] = leading(grad, group["rank"])
@@ -101,12 +91,6 @@ def adam(state: dict, grad: Tensor, group: dict) -> Tensor:
     state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     scale = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
     return state["exp_avg"] / scale.mul_(1 - beta1 ** state["step"])
-
-
-def projects_right(side: str, rows: int, columns: int) -> bool:
-    if side in ("right", "left"):
-        return side == "right"
-    return (rows >= columns) == (side == "std")
 
 
 def leading(matrix: Tensor, rank: int) -> Tensor:

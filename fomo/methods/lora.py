@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fomo.methods.adapters import Adapter
-from fomo.methods.base import Weights
+from fomo.weights import Weights
 
 
 @dataclass
@@ -29,5 +29,5 @@ class Lora(Adapter):
     def fold(self, base: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return base + self.alpha * (B @ A)
 
-    def slopes(self, dense: Tensor, base: Tensor, A: Tensor, B: Tensor) -> Weights:
+    def gradients(self, dense: Tensor, base: Tensor, A: Tensor, B: Tensor) -> Weights:
         return {"A": self.alpha * (B.mT @ dense), "B": self.alpha * (dense @ A.mT)}

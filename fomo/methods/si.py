@@ -24,45 +24,36 @@ import torch
 from torch import Tensor, nn
 
 from fomo.clip import Features
-from fomo.errors import FieldError
-from fomo.methods.base import Inputs, Method, Weights
-from fomo.methods.pull import pull
-from fomo.schema import at_least
+from fomo.methods.base import Inputs
+from fomo.methods.pull import Pulled
+from fomo.schema import NotNegative, Positive
 
 
 @dataclass
-class SynapticIntelligence(Method):
-    strength: float = 0.5  # c
-    damping: float = 1.0  # ξ
-    trained: dict[str, nn.Parameter] = field(default_factory=dict, init=False)  # θ
-    anchor: Weights = field(default_factory=dict, init=False)  # θ*
-    before: Weights = field(default_factory=dict, init=False)  # θ before the step
-    path: Weights = field(default_factory=dict, init=False)  # ω
-    importance: Weights = field(default_factory=dict, init=False)  # Ω, empty in the first update
+class SynapticIntelligence(Pulled):
+    """`importance` is Ω."""
 
-    def __post_init__(self):
-        at_least("method.strength", self.strength, 0)
-        if self.damping <= 0:
-            raise FieldError("method.damping", f"must be positive, got {self.damping:g}")
+    strength: NotNegative = 0.5  # c
+    damping: Positive = 1.0  # ξ
+    before: dict[str, Tensor] = field(default_factory=dict, init=False)  # θ before the step
+    path: dict[str, Tensor] = field(default_factory=dict, init=False)  # ω
 
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
-        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        parameters = super().prepare(model)
         for name, p in self.trained.items():
             p.register_post_accumulate_grad_hook(partial(self.remember, name))
-        return list(self.trained.values())
+        return parameters
 
     def remember(self, name: str, parameter: nn.Parameter) -> None:
         """When a gradient is there: earlier, the copy would lie beside all activations."""
         self.before[name] = parameter.detach().clone()
 
     def before_update(self, model: nn.Module) -> None:
-        self.anchor = {name: p.detach().clone() for name, p in self.trained.items()}
+        super().before_update(model)
         self.path = {name: torch.zeros_like(p) for name, p in self.trained.items()}
 
     def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
-        if not self.importance:
-            return 0.0
-        return self.strength * pull(self.importance, self.anchor, self.trained)
+        return self.strength * self.pull()
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, lr: float) -> None:
@@ -78,10 +69,4 @@ class SynapticIntelligence(Method):
         self.path, self.before = {}, {}
 
     def state(self) -> dict:
-        return {"anchor": self.anchor, "path": self.path, "importance": self.importance}
-
-    def load_state(self, state: dict) -> None:
-        self.anchor, self.path, self.importance = (
-            {name: tensor.to(self.trained[name].device) for name, tensor in state[key].items()}
-            for key in ("anchor", "path", "importance")
-        )
+        return {**super().state(), "path": self.path}

@@ -7,11 +7,12 @@
 What is trained is trained as in finetuning. The logit scale (SigLIP's logit bias with it) belongs to the text
 tower: `locked` trains it when the image tower is locked, the other two never; `temperature.learn: true` overrides.
 
-The released code picks by name alone (`ln_` for LNFit), which finds the LayerNorms of open_clip's own towers only.
+The released code picks by name alone (`ln_` for LNFit), which finds the LayerNorms of open_clip's towers only.
 """
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -19,7 +20,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fomo.clip import text_tower
 from fomo.errors import FieldError, UserError
 from fomo.methods.base import Method
-from fomo.schema import one_of
 
 TOWERS = {"image": r"^visual\.", "text": r"^(?!visual\.)"}  # patterns of parameter names
 
@@ -55,13 +55,12 @@ def in_both_towers(model: nn.Module, chosen: set[str], what: str) -> set[str]:
 class Locked(Method):
     """Say `tower` or `freeze`; the default locks the text tower."""
 
-    tower: str | None = None  # image, or text (with the logit scale)
+    tower: Literal["image", "text"] | None = None  # image, or text (with the logit scale)
     freeze: list[str] | None = None  # regular expressions, searched for in open_clip's parameter names
 
     def __post_init__(self):
         if self.tower is not None and self.freeze is not None:
             raise FieldError("method.freeze", "say either tower or freeze, not both")
-        one_of("method.tower", self.tower or "text", tuple(TOWERS))
         for i, pattern in enumerate(self.freeze or []):
             try:
                 re.compile(pattern)

@@ -5,9 +5,9 @@
     d (r)        zeros, trained
     b (out)      0.1, trained
 
-So there is one pair (A, B) for the attention and one for the MLP of each width; q, k and v share it, each with its
-own d and b. The VeRA paper starts the other way round, d at 0.1 and b at zeros; peft does so too, and slices one
-pair for all shapes. Either way W = W₀ at first. How it trains: adapters.py.
+So there is one pair (A, B) for the attention and one for the MLP of each width; q, k and v share it, each with d
+and b of its own. The VeRA paper starts the other way round, d at 0.1 and b at zeros; peft does so too, and slices
+one pair for all shapes. Either way W = W₀ at first. How it trains: adapters.py.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fomo.methods.adapters import Adapter
-from fomo.methods.base import Weights
+from fomo.weights import Weights
 
 
 @dataclass
@@ -36,6 +36,6 @@ class Vera(Adapter):
     def fold(self, base: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
         return base + b * (B @ (d * A))
 
-    def slopes(self, dense: Tensor, base: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Weights:
+    def gradients(self, dense: Tensor, base: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Weights:
         of_d = (B.mT @ (b * dense) * A).sum(-1, keepdim=True)
         return {"d": of_d, "b": (dense * (B @ (d * A))).sum(-1, keepdim=True)}

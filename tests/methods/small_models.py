@@ -31,6 +31,12 @@ def small_model(family: str, seed: int = 0) -> nn.Module:
     return open_clip.CustomTextCLIP(8, vision, TEXT, init_logit_bias=bias)
 
 
+def vit_b16() -> nn.Module:
+    """Without weights."""
+    with torch.device("meta"):
+        return open_clip.CLIP(**open_clip.get_model_config("ViT-B-16"))
+
+
 def pairs(model: nn.Module, seed: int = 0, n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
     size = model.visual.image_size

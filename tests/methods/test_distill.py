@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from lives import assert_same, live
 from torch import nn
 
 from fomo.clip import encode
-from fomo.errors import FieldError
 from fomo.methods import build_method
 from fomo.methods.base import Inputs
 
@@ -121,19 +119,3 @@ def test_similarities_are_float32_under_autocast():
         same = method.penalty(model, batch, features)
     assert under.dtype == torch.float32
     assert same.item() == pytest.approx(0, abs=1e-6)  # rounding of similarities would differ by direction
-
-
-def test_mistakes_are_refused():
-    for field, value in (("weight", -1), ("temperature", 0)):
-        with pytest.raises(FieldError, match=rf"method\.{field}"):
-            build_method({"name": "distill", field: value})
-
-
-def test_without_weight_it_is_finetuning(small_scale, tmp_path):
-    finetuned = live(small_scale, tmp_path / "finetune", "{name: finetune}")
-    assert_same(finetuned, live(small_scale, tmp_path / "distill", "{name: distill, weight: 0}"))
-
-
-def test_a_run_cut_within_an_update_ends_bit_identically(small_scale, tmp_path):
-    whole = live(small_scale, tmp_path / "whole", "{name: distill, weight: 5}")
-    assert_same(whole, live(small_scale, tmp_path / "cut", "{name: distill, weight: 5}", cut=6))

@@ -1,10 +1,7 @@
 """GaLore against torch.linalg.svd and torch.optim.AdamW."""
 
-import io
-
 import pytest
 import torch
-from lives import assert_same, live
 from torch import nn
 
 from fomo.errors import FieldError
@@ -33,19 +30,8 @@ def walk(optimizer, parameter, grads):
     return after
 
 
-@pytest.mark.parametrize(
-    ("side", "shape", "right"),
-    [
-        ("std", (7, 5), True),
-        ("std", (6, 6), True),
-        ("std", (5, 7), False),
-        ("reverse_std", (7, 5), False),
-        ("reverse_std", (5, 7), True),
-        ("right", (5, 7), True),
-        ("left", (7, 5), False),
-    ],
-)
-def test_a_step_is_the_explicit_projection(side, shape, right):
+@pytest.mark.parametrize(("shape", "right"), [((7, 5), True), ((6, 6), True), ((5, 7), False)])
+def test_a_step_is_the_explicit_projection(shape, right):
     weight, (grad,) = nn.Parameter(gradients(shape, 1, seed=1)[0]), gradients(shape, 1)
     U, _, Vh = torch.linalg.svd(grad)
     if right:
@@ -57,7 +43,7 @@ def test_a_step_is_the_explicit_projection(side, shape, right):
         R = P.T @ grad
         change = P @ (R / (R.abs() + SETTINGS.eps))
     expected = weight.detach() * (1 - 0.1 * 0.2) - 0.1 * 3.0 * change
-    (after,) = walk(optimizer_of([weight], rank=2, scale=3.0, side=side), weight, [grad])
+    (after,) = walk(optimizer_of([weight], rank=2, scale=3.0), weight, [grad])
     torch.testing.assert_close(after, expected)
 
 
@@ -116,20 +102,6 @@ def test_moments_are_low_rank():
         assert shapes == {"exp_avg": (30, 3), "exp_avg_sq": (30, 3), "basis": (8, 3)}
 
 
-def test_state_loads_with_weights_only_and_goes_on_bit_identically():
-    weight, grads = nn.Parameter(torch.randn(7, 5)), gradients((7, 5), 8)
-    optimizer = optimizer_of([weight], rank=2, gap=3)
-    walk(optimizer, weight, grads[:4])
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    again = nn.Parameter(weight.detach().clone())
-    file.seek(0)
-    resumed = optimizer_of([again], rank=2, gap=3)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    for a, b in zip(walk(optimizer, weight, grads[4:]), walk(resumed, again, grads[4:]), strict=True):
-        assert torch.equal(a, b)
-
-
 def test_a_gradient_that_is_not_finite_reaches_the_weights():
     """The loop then says at which step; SVD would have raised something less clear."""
     weight = nn.Parameter(torch.randn(7, 5))
@@ -137,17 +109,8 @@ def test_a_gradient_that_is_not_finite_reaches_the_weights():
     assert not after.isfinite().any()
 
 
-def test_mistakes_are_refused():
+def test_a_rank_above_every_matrix_is_refused():
     model = nn.Linear(6, 4)
     with pytest.raises(FieldError, match=r"method\.rank: 5 is above the shorter side .* accepted: 1 to 4"):
         build_method({"name": "galore", "rank": 5}).prepare(model)
     build_method({"name": "galore", "rank": 4}).prepare(model)
-    for field, value in (("rank", 0), ("gap", 0), ("scale", -1), ("side", "both")):
-        with pytest.raises(FieldError, match=rf"method\.{field}"):
-            build_method({"name": "galore", field: value})
-
-
-def test_a_run_cut_within_an_update_ends_bit_identically(small_scale, tmp_path):
-    method = "{name: galore, rank: 4, gap: 3}"
-    whole = live(small_scale, tmp_path / "whole", method)
-    assert_same(whole, live(small_scale, tmp_path / "cut", method, cut=6))

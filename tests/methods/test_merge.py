@@ -55,16 +55,6 @@ def test_ema_merge_is_the_unrolled_average(deltas):
     torch.testing.assert_close(torch.stack(starts[1:]), torch.stack(deployed[:-1]), rtol=0, atol=0)
 
 
-def test_zs_merge_always_trains_from_the_original(deltas):
-    k, origin = 0.9, Toy().a.detach()
-    starts, _, deployed = live({"keep": k, "init": "zeroshot"}, deltas)
-    assert all(torch.equal(start, origin) for start in starts)
-    old = origin
-    for t in range(UPDATES):
-        old = k * old + (1 - k) * (origin + deltas[t])
-        torch.testing.assert_close(deployed[t], old)
-
-
 def test_ft_merge_merges_with_the_original(deltas):
     k, origin = 0.7, Toy().a.detach()
     starts, tuned, deployed = live({"keep": k, "partner": "base"}, deltas)
@@ -72,11 +62,6 @@ def test_ft_merge_merges_with_the_original(deltas):
         torch.testing.assert_close(deployed[t], k * origin + (1 - k) * tuned[t])
         if t:
             assert torch.equal(starts[t], deployed[t - 1])
-
-
-def test_deploying_what_was_tuned_is_plain_finetuning(deltas):
-    _, _, deployed = live({"init": "finetuned", "deploy": "finetuned"}, deltas)
-    torch.testing.assert_close(deployed[-1], Toy().a.detach() + deltas.sum(0))
 
 
 @pytest.mark.parametrize("keep", [0.0, 1.0])
@@ -121,67 +106,9 @@ def test_experts_are_kept_on_disk_only_where_the_rule_needs_them(deltas, tmp_pat
     assert len(list((tmp_path / "b/experts").glob("*.safetensors"))) == UPDATES
 
 
-def test_merging_every_step_is_an_exponential_moving_average(deltas):
-    model, method = Toy(), build_method({"name": "merge", "per_step": True, "keep": 0.9})
-    method.prepare(model)
-    method.before_update(model)
-    expected = model.a.detach().clone()
-    for delta in deltas:
-        with torch.no_grad():
-            model.a += delta
-        method.after_step(model, 0.1)
-        expected = 0.9 * expected + 0.1 * model.a.detach()
-    method.after_update(model, [])
-    torch.testing.assert_close(model.a.detach(), expected)
-
-
-@pytest.mark.parametrize(
-    "spec, message",
-    [
-        ({"rule": "slerp", "deploy": "all"}, "merges two models"),
-        ({"per_step": True, "rule": "ties"}, "is for rule interpolate"),
-        ({"recency": "newest"}, "method.recency: unknown 'newest'"),
-        ({"partner": "zeroshot"}, "method.partner: unknown 'zeroshot'"),
-    ],
-)
-def test_combinations_that_do_not_exist_are_refused(spec, message):
-    with pytest.raises(FieldError, match=message):
-        build_method({"name": "merge", **spec})
-
-
-def test_integer_buffers_are_the_newest(deltas):
-    model, method = Toy(), build_method({"name": "merge", "keep": 0.5})
-    method.prepare(model)
-    method.before_update(model)
-    model.count += 7
-    method.after_update(model, [])
-    assert model.count == 7 and model.count.dtype == torch.int64
-
-
 def test_a_merge_that_would_diverge_is_refused_before_training():
+    rule = {"name": "merge", "rule": "task_arithmetic"}
     with pytest.raises(FieldError, match=r"scale must be at most 0\.5"):
-        build_method({"name": "merge", "rule": "task_arithmetic", "scale": 0.6})
-    build_method({"name": "merge", "rule": "task_arithmetic", "scale": 0.5})
-    build_method({"name": "merge", "rule": "task_arithmetic", "scale": 1.0, "init": "zeroshot"})
-
-
-def test_the_trap_grows_as_it_is_said_to():
-    spec = {"rule": "task_arithmetic", "scale": 1.0, "allow_divergent": True}
-    _, _, deployed = live(spec, torch.ones(4, 3))
-    displacement = [float((d - Toy().a.detach())[0]) for d in deployed]
-    assert displacement == pytest.approx([1, 3, 7, 15])
-
-
-def test_state_restores_the_running_average(deltas):
-    model, method = Toy(), build_method({"name": "merge", "keep": 0.5})
-    method.prepare(model)
-    for delta in deltas[:3]:
-        method.before_update(model)
-        with torch.no_grad():
-            model.a += delta
-        method.after_update(model, [])
-    again, fresh = Toy(), build_method({"name": "merge", "keep": 0.5})
-    fresh.prepare(again)
-    fresh.load_state(method.state())
-    fresh.before_update(again)
-    assert torch.equal(again.a, model.a)
+        build_method({**rule, "scale": 0.6})
+    for stable in ({"scale": 0.5}, {"scale": 1.0, "init": "zeroshot"}, {"scale": 1, "allow_divergent": True}):
+        build_method({**rule, **stable})
