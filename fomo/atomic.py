@@ -1,13 +1,13 @@
 """Files that are complete or absent, whenever the process dies."""
 
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from fomo.errors import UserError
@@ -52,13 +52,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def settle(staging: Path, path: Path) -> None:
-    """Flush `staging` to the disk and give it its name."""
-    with open(staging, "rb") as file:
-        os.fsync(file.fileno())
+    """Flush `staging`, a file or a folder of files, to the disk and give it its name."""
+    for written in (*(staging.iterdir() if staging.is_dir() else ()), staging):
+        sync(written)
     os.replace(staging, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)
-    os.close(folder)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_tensors(tensors: Mapping, path: Path) -> None:
@@ -105,7 +111,7 @@ def make(folder: Path, fill: Callable[[Path], None]) -> None:
     staging = folder.with_name(f"{folder.name}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.name):
+        with lock_of(folder):
             if folder.exists():
                 return
             shutil.rmtree(staging, ignore_errors=True)
@@ -113,10 +119,7 @@ def make(folder: Path, fill: Callable[[Path], None]) -> None:
             staging.mkdir()
             try:
                 fill(staging)
-                for path in (*staging.iterdir(), staging):
-                    sync(path)
-                os.replace(staging, folder)
-                sync(folder.parent)
+                settle(staging, folder)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
@@ -124,29 +127,15 @@ def make(folder: Path, fill: Callable[[Path], None]) -> None:
         raise UserError(f"{cache_root()}: {problem}; set FOMO_CACHE to a folder with room") from None
 
 
-@contextmanager
-def locked(name: str, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a thing; it ends with the process. BlockingIOError if another has it and `wait` is off."""
-    place = cache_root() / "locks" / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with open(place, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+def lock_of(folder: Path) -> FileLock:
+    """Held by whoever makes a folder of the cache; it ends with the process."""
+    locks = cache_root() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / folder.name)
 
 
 def remove_stale(parent: Path) -> None:
     """Unfinished folders that no living process is working on."""
     for part in parent.glob("*.part"):
-        try:
-            with locked(part.stem, wait=False):
-                shutil.rmtree(part, ignore_errors=True)
-        except BlockingIOError:
-            continue
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with suppress(Timeout), lock_of(part.with_suffix("")).acquire(timeout=0):
+            shutil.rmtree(part, ignore_errors=True)
