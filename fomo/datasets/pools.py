@@ -11,7 +11,7 @@ from fomo.clip import Clip
 from fomo.datasets import datafile
 from fomo.datasets.eval_sets import TestSet, open_tests, subset
 from fomo.datasets.mixture import Batches, Pool, pool_of, reservoir, sub_batches
-from fomo.datasets.orders import Known, Reference, make_stream
+from fomo.datasets.orders import Context, make_stream
 from fomo.datasets.samples import Collection, Samples, by_label
 from fomo.datasets.stream import Concept
 from fomo.errors import UserError
@@ -77,8 +77,7 @@ def open_material(recipe: Recipe, clip: Clip, life: dict | None = None) -> Mater
         print(f"{data.path}: no pretraining pool; its share goes to the other pools", file=sys.stderr)
     if life is None:
         seed = recipe.seed if recipe.stream.seed is None else recipe.stream.seed
-        reference = Reference(clip, by_name.__getitem__, lambda: pool)
-        stream = make_stream(concepts, Known(recipe.stream, seed, data, lambda: reference))
+        stream = make_stream(concepts, Context(recipe.stream, seed, data, lambda: clip, by_name, pool))
     else:
         compare_sources(life["sources"], by_name, data.path)
         stream = found_again(life["updates"], concepts, data.path)

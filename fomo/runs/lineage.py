@@ -27,7 +27,7 @@ from fomo.atomic import write_atomically
 from fomo.clip import load as load_model
 from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile, Entry
-from fomo.datasets.infer import as_data_file, fitted, is_data_file
+from fomo.datasets.infer import as_data_file, is_data_file, recipe_for
 from fomo.datasets.stream import concepts_of
 from fomo.errors import UserError
 from fomo.load_recipe import load
@@ -276,7 +276,7 @@ def settled(
         refuse_used(place, resume)
         if not (resume and file.exists()):  # else it may have been edited
             as_data_file(data, place)
-        yield load(path, data=str(file), fitted=fitted(file), **said), folder
+        yield load(path, data=str(file), fitted=recipe_for(file), **said), folder
 
 
 def default_folder(recipe_path: str | Path, recipe: Recipe, data: str | None) -> Path:

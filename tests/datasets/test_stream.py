@@ -1,8 +1,5 @@
 """Streams: T chunks as the released code cuts them, the official files, matching, the summary and the plot."""
 
-import itertools
-import json
-import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +21,7 @@ from fomo.datasets.stream import (
 )
 from fomo.errors import UserError
 from fomo.report.previews import plot_stream
+from tests.datasets.inputs import one_line
 
 STREAMS = Path(__file__).parents[3] / "shared" / "fomo_in_flux" / "streams"
 
@@ -114,11 +112,9 @@ def test_concepts_are_matched_by_folder_catalogue_name_or_the_files_own_and_by_p
 
 def test_what_is_missing_is_said_exactly_and_refused(tmp_path):
     file = written(tmp_path, "DTD+++dotted", "DTD+++gone", "CUB200+++owl", "mine+++twin")
-    expected = re.escape(
-        f"{file}: 2 concepts not in the data: DTD+++gone, CUB200+++owl; stream.partial: true"
-    )
-    with pytest.raises(UserError, match=expected):
-        match(file, HERE, DATA)
+    message = one_line(match, file, HERE, DATA)
+    assert message.startswith(f"{file}: 2 concepts not in the data: DTD+++gone, CUB200+++owl; ")
+    assert "stream.partial: true" in message
 
 
 def test_a_name_that_the_file_has_once_too_often_is_missing(tmp_path):
@@ -219,11 +215,3 @@ def test_the_plot_is_the_same_for_the_same_stream_and_refuses_other_kinds(tmp_pa
         assert first.startswith(signature) and first == (tmp_path / "new" / name).read_bytes()
     with pytest.raises(UserError, match=r"--plot .*\.pdf: expected a \.png or \.svg"):
         plot_stream(cut(concepts(20), 4), tmp_path / "c.pdf")
-
-
-def test_every_line_of_a_stream_is_a_concept_once():
-    data = data_of(**{f"set {i}": {} for i in range(3)})
-    lines = lines_of(concepts(30), data)
-    assert len(set(lines)) == 30
-    assert json.loads(json.dumps(lines)) == lines
-    assert all("+++" in line for line in itertools.chain(lines))

@@ -11,7 +11,6 @@ import torchvision.datasets
 from click.testing import CliRunner
 
 from fomo.datasets.datafile import read
-from fomo.datasets.sources import catalogue as module
 from fomo.datasets.sources.catalogue import catalogue, find, listing, with_catalogue
 from fomo.errors import FieldError, UserError
 
@@ -207,7 +206,3 @@ def test_data_list_says_what_is_under_a_root(tmp_path):
     assert f"2 of 63 are under {tmp_path}" in text
     with pytest.raises(UserError, match="no such directory"):
         listing(str(tmp_path / "gone"))
-
-
-def test_the_table_is_beside_the_module():
-    assert module.TABLE.is_file() and module.TABLE.suffix == ".csv"
