@@ -37,15 +37,28 @@ def draw(path: Path, image: Image.Image | None = None) -> Path:
     return path
 
 
-def shard(path: Path, members: dict[str, str | bytes]) -> str:
+def write(folder: Path, files: dict[str, str | bytes]) -> Path:
+    """A folder of these files."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def packed(members: dict[str, str | bytes]) -> bytes:
     """A tar file of these members, in their order."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, content in members.items():
             data = content.encode() if isinstance(content, str) else content
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return file.getvalue()
+
+
+def shard(path: Path, members: dict[str, str | bytes]) -> str:
+    write(path.parent, {path.name: packed(members)})
     return str(path)
 
 

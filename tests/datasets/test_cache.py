@@ -114,12 +114,8 @@ def test_sixteen_bit_pictures_keep_their_range_of_grays():
     pixels = shrink(stored, 40).astype(int)
     assert (pixels[..., 0] == pixels[..., 2]).all()
     assert np.abs(pixels[..., 0] - ramp / 257).max() <= 1
-
-
-def test_small_numbers_in_a_wide_type_are_grays_already():
-    values = np.arange(100, 196, dtype=np.int32).reshape(8, 12)
-    pixels = shrink(Image.fromarray(values), 8)
-    np.testing.assert_array_equal(pixels[..., 1], values)
+    small = np.arange(100, 196, dtype=np.int32).reshape(8, 12)  # grays already, in a wide type
+    np.testing.assert_array_equal(shrink(Image.fromarray(small), 8)[..., 1], small)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -199,26 +195,13 @@ def test_the_test_crop_is_the_papers_resize_and_central_crop(shape):
     np.testing.assert_array_equal(pixels[top : top + h, left : left + w], np.asarray(theirs))
 
 
-def test_pictures_come_back_by_number_at_their_own_shapes():
-    pixels = open_pixels(squares(7), 8, "squares")
-    for index in range(7):
-        np.testing.assert_array_equal(pixels[index], shrink(squares(7).image(index), 8))
-    assert pixels.shapes.all()
-
-
-def test_a_cache_is_built_once_and_used_again():
-    first, second = squares(5), squares(5)
-    built = open_pixels(first, 8, "squares")
-    again = open_pixels(second, 8, "squares")
-    assert (first.read, second.read) == ([0, 1, 2, 3, 4], [])
-    np.testing.assert_array_equal(built[4], again[4])
-
-
-def test_other_sources_and_sizes_have_caches_of_their_own(cache):
-    open_pixels(squares(5), 8, "squares")
-    other, larger = squares(5, "others"), squares(5)
-    assert open_pixels(other, 8, "squares").folder != open_pixels(larger, 16, "squares").folder
-    assert len(other.read) == len(larger.read) == 5
+def test_a_cache_is_built_once_for_each_source_and_size_and_used_again(cache):
+    first, second, larger, other = squares(5), squares(5), squares(5), squares(5, "others")
+    for source, size in ((first, 8), (second, 8), (larger, 16), (other, 8)):
+        pixels = open_pixels(source, size, "squares")
+        for index in range(5):
+            np.testing.assert_array_equal(pixels[index], shrink(squares(5).image(index), size))
+    assert [len(source.read) for source in (first, second, larger, other)] == [5, 0, 5, 5]
     assert len(list((cache / "pixels").iterdir())) == 3
 
 

@@ -182,27 +182,6 @@ def test_the_root_of_a_torchvision_set_is_relative_to_the_data_file(tmp_path, mo
     assert (entry.open("train").dataset.train, entry.open("test").dataset.train) == (True, False)
 
 
-def test_splits_are_opened_by_name_and_absent_ones_are_none(tmp_path):
-    shard(tmp_path, "a.tar", 4)
-    shard(tmp_path, "b.tar", 3)
-    data = read(
-        data_file(
-            tmp_path,
-            {
-                "pretraining": [{"source": "webdataset", "path": "a.tar"}],
-                "adaptation": {"x": FLOWERS | {"train": "a.tar", "test": "b.tar"}},
-                "evaluation": {"y": {"source": "webdataset", "test": "b.tar", "task": "retrieval"}},
-            },
-        )
-    )
-    assert [len(source) for source in data.pool()] == [4]
-    x, y = data.adaptation["x"], data.evaluation["y"]
-    assert (len(x.open("train")), len(x.open("test"))) == (4, 3)
-    assert y.open("train") is None and len(y.open("test")) == 3
-    assert (x.role, x.task, y.role, y.task) == ("adaptation", "classification", "evaluation", "retrieval")
-    assert data.image_size is None
-
-
 def test_train_and_test_of_the_world_are_numbers_of_pictures(tmp_path):
     fields = {"source": "world", "domain": "digits", "train": 3, "test": 2}
     entry = read(data_file(tmp_path, {"adaptation": {"x": fields}})).adaptation["x"]

@@ -13,7 +13,7 @@ from fomo.datasets.infer import as_data_file, infer, write_inferred
 from fomo.errors import UserError
 from fomo.load_recipe import load
 from fomo.update import run_recipe
-from tests.datasets.inputs import draw, noise, one_line, samples
+from tests.datasets.inputs import PNG, draw, noise, one_line, packed, samples, write
 from tests.datasets.inputs import shard as write_shard
 from tests.datasets.inputs import table as write_table
 
@@ -110,12 +110,6 @@ def test_of_test_and_val_the_test_split_is_used_and_the_other_is_named(tmp_path,
     assert f"{tmp_path}: val is left out, the test split is test" in capsys.readouterr().err
 
 
-def test_a_train_folder_alone_is_divided(tmp_path):
-    class_folders(tmp_path / "train", 2, 20)
-    entry, train, test = opened(tmp_path, tmp_path / "run")
-    assert entry.spec["train"] == str(tmp_path / "train") and len(train) + len(test) == 40
-
-
 def test_a_class_may_be_called_test(tmp_path):
     for name in ("test", "practice"):
         for n in range(4):
@@ -189,86 +183,34 @@ def test_a_folder_of_shards_is_all_of_them_with_names_by_label_or_captions(tmp_p
     assert entry.task == "retrieval" and len(train) + len(test) == 40
 
 
-def loose(root):
-    draw(root / "1.png")
-
-
-def broken_table(root):
-    (root / "a.csv").write_text("name,price\nx,1\n")
-
-
-def unreadable_table(root):
-    (root / "a.csv").write_bytes(b"filepath,\xff\xfe\n")
-
-
-def both(root):
-    shard(root / "a.tar", 2, txt=label)
-    class_folders(root, 2, 2)
-
-
-def two_tables(root):
-    for name in "ab":
-        table(root / f"{name}.csv", [["filepath", "title"], ["1.png", "x"]])
-
-
-def two_kinds_of_table(root):
-    for name in ("a.csv", "a.tsv"):
-        (root / name).write_text("filepath,title\n1.png,a\n".replace(",", "\t" if name[-3] == "t" else ","))
-
-
-def mixed_splits(root):
-    class_folders(root / "train", 2, 2)
-    shard(root / "test" / "0.tar", 2, txt=label)
-
-
-def only_tests(root):
-    shard(root / "test.tar", 2, txt=label)
-
-
-def no_train(root):
-    class_folders(root / "test", 2, 2)
-    class_folders(root, 2, 2)
-
-
-def stray(root):
-    class_folders(root / "train", 2, 2)
-    class_folders(root / "more", 2, 2)
-
-
-def nothing_to_test(root):
-    class_folders(root, 3, 1)
-
-
-def bare_shard(root):
-    shard(root / "a.tar", 2)
-
-
-def empty(root):
-    (root / "cat").mkdir()
-
-
+CLASSES = {f"{name}/{n}.png": PNG for name in "ab" for n in range(2)}
+ROWS, SHARD = "filepath,title\n1.png,a\n", packed(samples(2, txt=label))
 MISTAKES = [
-    (empty, "nothing to learn from in it, accepted: class folders"),
-    (loose, "neither class folders nor a .txt with a caption beside a picture"),
-    (broken_table, "no column of pictures, it has: name, price; accepted: filepath"),
-    (unreadable_table, "not a readable table"),
-    (both, "more than one kind of data: webdataset (a.tar), folder (photos)"),
-    (two_tables, "more than one table: a.csv, b.csv; name the one"),
-    (two_kinds_of_table, "more than one kind of data: csv (a.csv), tsv (a.tsv)"),
-    (mixed_splits, "its splits hold different kinds of data: folder, webdataset"),
-    (only_tests, "only test files (test.tar)"),
-    (no_train, "test/ holds class folders, but no train/ is beside it"),
-    (stray, "more/ is beside train/"),
-    (nothing_to_test, "no class has two pictures"),
-    (bare_shard, "neither classes nor captions"),
+    ({"cat/notes.md": ""}, "nothing to learn from in it, accepted: class folders"),
+    ({"1.png": PNG}, "neither class folders nor a .txt with a caption beside a picture"),
+    ({"a.csv": "name,price\nx,1\n"}, "no column of pictures, it has: name, price; accepted: filepath"),
+    ({"a.csv": b"filepath,\xff\xfe\n"}, "not a readable table"),
+    ({"a.tar": SHARD, **CLASSES}, "more than one kind of data: webdataset (a.tar), folder (photos)"),
+    ({"a.csv": ROWS, "b.csv": ROWS}, "more than one table: a.csv, b.csv; name the one"),
+    (
+        {"a.csv": ROWS, "a.tsv": ROWS.replace(",", "\t")},
+        "more than one kind of data: csv (a.csv), tsv (a.tsv)",
+    ),
+    (
+        {"train/a/1.png": PNG, "test/0.tar": SHARD},
+        "its splits hold different kinds of data: folder, webdataset",
+    ),
+    ({"test.tar": SHARD}, "only test files (test.tar)"),
+    ({"test/a/1.png": PNG, **CLASSES}, "test/ holds class folders, but no train/ is beside it"),
+    ({"train/a/1.png": PNG, "more/a/1.png": PNG}, "more/ is beside train/"),
+    ({"a/1.png": PNG, "b/1.png": PNG}, "no class has two pictures"),
+    ({"a.tar": packed(samples(2))}, "neither classes nor captions"),
 ]
 
 
-@pytest.mark.parametrize(("make", "expected"), MISTAKES, ids=[make.__name__ for make, _ in MISTAKES])
-def test_what_cannot_be_inferred_is_one_line_and_nothing_is_written(tmp_path, make, expected):
-    root = tmp_path / "photos"
-    root.mkdir()
-    make(root)
+@pytest.mark.parametrize(("files", "expected"), MISTAKES, ids=[expected for _, expected in MISTAKES])
+def test_what_cannot_be_inferred_is_one_line_and_nothing_is_written(tmp_path, files, expected):
+    root = write(tmp_path / "photos", files)
     message = one_line(as_data_file, root, tmp_path / "run")
     assert expected in message and str(root) in message
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,6 @@ from fomo.datasets.orders import (
     count_names,
     lightest_path,
     loss_among,
-    make_stream,
     nearest_path,
     order_concepts,
     read_counts,
@@ -99,15 +98,6 @@ def test_without_any_year_time_is_the_order_of_the_data_file(capsys):
     )
     assert list(dict.fromkeys(c.dataset for c in stream)) == ["set 2", "set 0", "set 3", "set 1"]
     assert "come last" not in capsys.readouterr().err
-
-
-def test_updates_are_chunks_or_datasets():
-    chunks = make_stream(concepts(42), context(updates=4))
-    assert [len(chunk) for chunk in chunks] == [11, 11, 10, 10]
-    whole = make_stream(concepts(42), context("dataset", updates=4, per_dataset=True))
-    assert [len({c.dataset for c in chunk}) for chunk in whole] == [1] * 4
-    with pytest.raises(UserError, match=r"stream\.updates: 43 updates .* 42"):
-        make_stream(concepts(42), context(updates=43))
 
 
 def test_a_stream_file_takes_the_place_of_the_order_and_can_be_reversed(tmp_path):
@@ -214,11 +204,6 @@ def test_the_path_agrees_with_plain_python_and_the_lightest_is_no_heavier_than_a
     assert sorted(best) == list(range(30))
     few = lightest_path(points, starts=3, seed=0)
     assert sum(1 - similarity[a, b] for a, b in itertools.pairwise(few)) >= weight - 1e-4
-
-
-def test_one_or_two_concepts_are_a_path_too():
-    assert lightest_path(np.eye(1, dtype=np.float32), 64, 0).tolist() == [0]
-    assert sorted(lightest_path(np.eye(2, dtype=np.float32), 64, 0)) == [0, 1]
 
 
 # performance

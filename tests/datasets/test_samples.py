@@ -71,11 +71,6 @@ def test_draw_zero_is_the_first_caption_and_draws_share_the_rest_equally():
     assert {words.text(made.caption(0, draw)) for draw in (0, 0.5, 0.999)} == {"one"}
 
 
-def test_equal_texts_are_tokenised_once():
-    _, words = samples("b", [-1] * 4, [["same"], ["same", "other"], ["other"], ["same"]])
-    assert sorted(words.seen) == ["other", "same"]
-
-
 @pytest.mark.parametrize(
     ("label", "captions", "expected"),
     [
@@ -103,11 +98,6 @@ def test_all_prompts_of_a_set_describe_its_pictures():
         ["a rose.", "the rose of rose."],
         ["a tulip.", "the tulip of tulip."],
     ]
-
-
-def test_a_set_without_any_caption_has_no_usable_sample():
-    made, _ = samples("e", [-1, -1], [[], []])
-    assert Collection([made]).usable().tolist() == [False, False]
 
 
 def test_a_collection_numbers_the_samples_of_its_splits_end_to_end():

@@ -13,10 +13,8 @@ from fomo.datasets.stream import (
     cut,
     lines_of,
     match,
-    plain,
     read_stream,
     summary,
-    switches,
     write_stream,
 )
 from fomo.errors import UserError
@@ -72,12 +70,6 @@ def test_official_streams_round_trip_byte_for_byte(name, tmp_path):
         pytest.skip(f"{file} is not here")
     write_stream(tmp_path / "again.json", read_stream(file))
     assert (tmp_path / "again.json").read_bytes() == file.read_bytes()
-
-
-def test_names_beyond_ascii_are_escaped_as_the_official_files_do(tmp_path):
-    write_stream(tmp_path / "s.json", ["A+++Café"])
-    assert (tmp_path / "s.json").read_bytes() == b'[\n    "A+++Caf\\u00e9"\n]'
-    assert read_stream(tmp_path / "s.json") == ["A+++Café"]
 
 
 def test_the_folder_is_the_official_one_where_the_data_file_says_dataset_else_the_files_own_name():
@@ -171,12 +163,6 @@ def test_a_stream_file_that_is_not_there_or_not_text(tmp_path):
         read_stream(tmp_path / "s.json")
 
 
-@settings(deadline=None)
-@given(st.text())
-def test_plain_names_stay_plain(name):
-    assert plain(plain(name)) == plain(name)
-
-
 def test_concepts_are_listed_with_their_sizes_and_prompts_without_opening_a_picture(small_scale, monkeypatch):
     from fomo.datasets.datafile import read
     from fomo.datasets.sources.world import World
@@ -199,12 +185,6 @@ def test_the_summary_counts_concepts_samples_datasets_and_switches():
         ["all", "7", "210", "3", "6"],
     ]
     assert rows[0].endswith("set 0 2, set 1 1, set 2 1")
-
-
-def test_switches_are_changes_of_the_dataset():
-    assert switches(concepts(10)) == 9
-    assert switches(sorted(concepts(10))) == 2
-    assert switches([]) == 0
 
 
 def test_the_plot_is_the_same_for_the_same_stream_and_refuses_other_kinds(tmp_path):

@@ -77,20 +77,6 @@ def test_the_txt_caption_is_first_and_each_caption_stands_once(tmp_path, order):
 
 
 @pytest.mark.parametrize(
-    ("text", "captions"),
-    [
-        ('{"captions": ["two", "words"]}', ["two", "words"]),
-        ('{"captions": []}', []),
-        ('{"captions": null}', []),
-        ('{"width": 8}', []),
-    ],
-)
-def test_json_captions_are_a_list_or_absent(tmp_path, text, captions):
-    source = Webdataset(shard(tmp_path / "a.tar", {"0.jpg": PNG, "0.json": text}))
-    assert source.captions(0) == captions
-
-
-@pytest.mark.parametrize(
     ("member", "content"),
     [
         ("3.json", '{"captions": "letters one by one"}'),
@@ -107,16 +93,11 @@ def test_text_of_another_kind_is_a_mistake_that_names_the_member(tmp_path, membe
     assert message.startswith(f"{path}: ") and member in message
 
 
-@pytest.mark.parametrize("name", ["classes.txt", "classnames.txt"])
-def test_class_names_stand_beside_the_shard_by_line_number(tmp_path, name):
-    path = shard(tmp_path / "a.tar", {"0.jpg": PNG, "0.cls": "2", "0.txt": "something"})
-    (tmp_path / name).write_text("red fox\n\nblue fox\n")
-    assert Webdataset(path).classes[2] == "blue fox"
-
-
-def test_a_classes_file_that_is_named_comes_first_and_must_exist(tmp_path):
+@pytest.mark.parametrize("beside", ["classes.txt", "classnames.txt"])
+def test_class_names_stand_in_a_file_beside_the_shard_or_in_one_that_is_named(tmp_path, beside):
     path = shard(tmp_path / "a.tar", {"0.jpg": PNG, "0.cls": "1", "0.txt": "something"})
-    (tmp_path / "classes.txt").write_text("red\nblue\n")
+    (tmp_path / beside).write_text("red\nblue\n\ngreen\n")
+    assert Webdataset(path).classes == ["red", "blue", "", "green"]
     (tmp_path / "other.txt").write_text("rot\nblau\n")
     assert Webdataset(path, classes_file=str(tmp_path / "other.txt")).classes == ["rot", "blau"]
     assert "nowhere.txt" in one_line(Webdataset, path, classes_file=str(tmp_path / "nowhere.txt"))
