@@ -54,6 +54,11 @@ class Strings:
             ends.append(len(data))
         return cls(np.frombuffer(bytes(data), np.uint8), np.array(ends, np.int64))
 
+    @classmethod
+    def read(cls, folder: Path, name: str) -> "Strings":
+        """Of the arrays `name` and `name`_ends of a finished folder, memory-mapped."""
+        return cls(read_array(folder, name, np.uint8), read_array(folder, f"{name}_ends", np.int64))
+
     def __len__(self) -> int:
         return len(self.ends)
 
@@ -103,9 +108,9 @@ class Calls(Dataset):
 
 def in_processes(call: Callable, items: Sequence, workers: int) -> Iterator:
     """`call` of each item, in order and a few ahead; without workers in this process."""
-    own = torch.Generator()  # else DataLoader draws from the global one, and a cache hit changes a run
+    rng = torch.Generator()  # else DataLoader draws from the global one, and a cache hit changes a run
     calls = Calls(call, items)
-    return iter(DataLoader(calls, batch_size=None, num_workers=workers, collate_fn=as_is, generator=own))
+    return iter(DataLoader(calls, batch_size=None, num_workers=workers, collate_fn=as_is, generator=rng))
 
 
 def as_is(value):

@@ -128,8 +128,7 @@ def open_pixels(source: Source, size: int, name: str) -> Pixels | Decoded:
         build(source, size, name, folder)
     pixels = open_complete(folder)
     if pixels is None:
-        problem = f"its cache {folder} is not as it was written; made again"
-        tqdm.write(f"{name}: {problem}", file=sys.stderr)
+        tqdm.write(f"{name}: its cache {folder} is not as it was written; made again", file=sys.stderr)
         shutil.rmtree(folder)
         build(source, size, name, folder)
         pixels = Pixels(folder)
@@ -176,9 +175,8 @@ def write(source: Source, size: int, name: str, pixels: bool, folder: Path) -> N
     """Decode everything into `folder`; without `pixels` only the shapes are written."""
     total, seen, length, broken = len(source), 0, 0, []
     arrays = Arrays(folder)
-    for shapes, flat, problems in in_chunks(
-        partial(decode_chunk, source, size), total, f"pictures of {name}"
-    ):
+    decode_numbers = partial(decode_chunk, source, size)
+    for shapes, flat, problems in in_chunks(decode_numbers, total, f"pictures of {name}"):
         arrays.append(shapes=shapes, **({"pixels": flat} if pixels else {}))
         seen, length = seen + len(shapes), length + len(flat)
         broken += problems

@@ -18,7 +18,7 @@ from fomo.datasets.sources.base import IMAGE_SUFFIXES, Captioned, NumberedClasse
 from fomo.datasets.sources.hub import expand, fetch
 from fomo.errors import UserError
 
-VERSION = 1  # of the index
+VERSION = 2  # of the index
 NAMES_FILES = ("classes.txt", "classnames.txt")
 
 
@@ -37,9 +37,8 @@ class Shards(Captioned, NumberedClasses):
         self.starts = np.array(meta["starts"])  # (shards + 1,) number of the first sample of each
         self.offsets = read_array(folder, "offsets", np.int64)  # (n,) of the picture in its shard
         self.sizes = read_array(folder, "sizes", np.int64)  # (n,)
-        self.names = Strings(read_array(folder, "names", np.uint8), read_array(folder, "name_ends", np.int64))
-        texts = Strings(read_array(folder, "texts", np.uint8), read_array(folder, "text_ends", np.int64))
-        self.texts = Captions(texts, read_array(folder, "rows", np.int64))
+        self.names = Strings.read(folder, "names")
+        self.texts = Captions(Strings.read(folder, "texts"), read_array(folder, "rows", np.int64))
         self.labels = read_array(folder, "labels", np.int64)
         if not len(self.labels):
             raise UserError(f"{paths[0]}: no samples, expected members such as 000.jpg, 000.txt, 000.cls")
@@ -105,18 +104,16 @@ def index_of(files: list[str], key: str, lines: bool) -> Path:
 
 def write_index(files: list[str], lines: bool, folder: Path) -> None:
     arrays, starts, without = Arrays(folder), [0], []
-    ends = dict.fromkeys(("name_ends", "text_ends", "rows"), 0)  # where those of the shards before end
+    lengths = dict.fromkeys(("names", "texts", "texts_ends"), 0)  # of these arrays, up to the last shard
     shards = in_processes(partial(scan, lines=lines), files, cores() if len(files) > 8 else 0)
     for found in tqdm(shards, "indexing shards", len(files), leave=False, disable=len(files) == 1):
         if isinstance(found, UserError):
             raise found
         columns, no_picture = found
         starts.append(starts[-1] + len(columns["labels"]))
-        shifts = {"name_ends": len(columns["names"]), "text_ends": len(columns["texts"])}
-        shifts["rows"] = len(columns["text_ends"])
-        for name, shift in shifts.items():
-            columns[name] = columns[name] + ends[name]
-            ends[name] += shift
+        for ends, of in (("names_ends", "names"), ("texts_ends", "texts"), ("rows", "texts_ends")):
+            columns[ends] = columns[ends] + lengths[of]
+            lengths[of] += len(columns[of])
         arrays.append(**columns)
         without += no_picture
     arrays.finish(starts=starts, dropped=len(without), first=(without or [""])[0])
@@ -136,9 +133,9 @@ def scan(file: str, lines: bool) -> tuple[dict[str, np.ndarray], list[str]] | Us
         "labels": np.array([s.label for s in found], np.int64),
         "rows": captions.ends,
         "names": names.flat,
-        "name_ends": names.ends,
+        "names_ends": names.ends,
         "texts": captions.texts.flat,
-        "text_ends": captions.texts.ends,
+        "texts_ends": captions.texts.ends,
     }
     return columns, [f"{file}:{s.name}" for s in samples if s.offset < 0]
 
