@@ -163,5 +163,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pictures", type=int, default=4000)
     parser.add_argument("--seconds", type=float, default=6.0)
-    said = parser.parse_args()
-    main(said.pictures, said.seconds)
+    options = parser.parse_args()
+    main(options.pictures, options.seconds)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fomo.datasets.datafile import DataFile, Entry  # noqa: E402
-from fomo.datasets.orders import STARTS, Known, lightest_path, make_stream  # noqa: E402
+from fomo.datasets.orders import STARTS, Context, lightest_path, make_stream  # noqa: E402
 from fomo.datasets.sources.catalogue import catalogue  # noqa: E402
 from fomo.datasets.stream import Concept, read_stream  # noqa: E402
 from fomo.recipe import Stream  # noqa: E402
@@ -52,7 +52,7 @@ def main(path: Path) -> None:
             chosen = {"file": str(path)} if order == "file" else {"order": order}
             how = Stream(**chosen, counts=str(counts) if order == "frequency" else None)
             start = time.perf_counter()
-            make_stream(concepts, Known(how, 0, data, reference=lambda: None))
+            make_stream(concepts, Context(how, 0, data, load=lambda: None))
             print(f"{order:10} {len(concepts):,} concepts {time.perf_counter() - start:8.2f} s")
     features = np.random.default_rng(0).standard_normal((len(concepts), 512), dtype=np.float32)
     features /= np.linalg.norm(features, axis=1, keepdims=True)

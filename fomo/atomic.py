@@ -1,13 +1,13 @@
 """Files that are complete or absent, whenever the process dies."""
 
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from fomo.errors import UserError
@@ -35,12 +35,9 @@ def staged_folder(path: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        for written in (*staging.rglob("*"), staging):
-            sync(written)
         if path.exists():
             path.rename(old)
-        staging.rename(path)
-        sync(path.parent)
+        rename(staging, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
@@ -81,10 +78,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def rename(staging: Path, path: Path) -> None:
-    """Flush `staging` to the disk and give it its name."""
-    sync(staging)
+    """Flush `staging`, a file or a folder of files, to the disk and give it its name."""
+    for written in (*(staging.rglob("*") if staging.is_dir() else ()), staging):
+        sync(written)
     os.replace(staging, path)
     sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 # --- tensors ---
@@ -127,40 +133,28 @@ def cache_root() -> Path:
 
 
 def make(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into an empty folder beside `folder`, then rename it.
+    """Let `fill` write into a folder of the cache; it is complete or absent.
 
     One process makes, others that want the same wait for it. What a killed one left (NAME.part) is removed.
     """
-    staging = folder.with_name(f"{folder.name}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.name):
+        with lock_of(folder):
             if folder.exists():
                 return
-            shutil.rmtree(staging, ignore_errors=True)
             remove_stale(folder.parent)
-            staging.mkdir()
-            try:
+            with staged_folder(folder) as staging:
                 fill(staging)
-                for path in (*staging.iterdir(), staging):
-                    sync(path)
-                os.replace(staging, folder)
-                sync(folder.parent)
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         problem = f"the cache cannot be written: {error.strerror or error}"
         raise UserError(f"{cache_root()}: {problem}; set FOMO_CACHE to a folder with room") from None
 
 
-@contextmanager
-def locked(name: str, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a thing; it ends with the process. BlockingIOError if another has it and `wait` is off."""
-    place = cache_root() / "locks" / name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with open(place, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
+def lock_of(folder: Path) -> FileLock:
+    """Held by whoever makes a folder of the cache; it ends with the process."""
+    locks = cache_root() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    return FileLock(locks / folder.name)
 
 
 def remove_stale(parent: Path) -> None:
@@ -168,16 +162,5 @@ def remove_stale(parent: Path) -> None:
     if cache_root() not in parent.parents:
         return  # a folder of the user's, in which others may have such names
     for part in parent.glob("*.part"):
-        try:
-            with locked(part.stem, wait=False):
-                shutil.rmtree(part, ignore_errors=True)
-        except BlockingIOError:
-            continue
-
-
-def sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with suppress(Timeout), lock_of(part.with_suffix("")).acquire(timeout=0):
+            shutil.rmtree(part, ignore_errors=True)

@@ -1,13 +1,17 @@
-"""Flat arrays in files, many texts as two arrays, and calls that run in processes."""
+"""Flat arrays in files, many texts as two arrays, and work that is spread over processes."""
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+CHUNK = 128  # pictures that a process decodes at a time
+PARALLEL = 1000  # pictures from which on processes are worth their start
 
 
 class Arrays:
@@ -50,12 +54,37 @@ class Strings:
             ends.append(len(data))
         return cls(np.frombuffer(bytes(data), np.uint8), np.array(ends, np.int64))
 
+    @classmethod
+    def read(cls, folder: Path, name: str) -> "Strings":
+        """Of the arrays `name` and `name`_ends of a finished folder, memory-mapped."""
+        return cls(read_array(folder, name, np.uint8), read_array(folder, f"{name}_ends", np.int64))
+
     def __len__(self) -> int:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> str:
         start = self.ends[index - 1] if index else 0
         return self.flat[start : self.ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+
+class Captions:
+    """The captions of many pictures: all texts in a row, and where those of each picture end."""
+
+    def __init__(self, texts: Strings, ends: np.ndarray):
+        self.texts, self.ends = texts, ends  # (n,) int64
+
+    @classmethod
+    def of(cls, captions: Sequence[list[str]]) -> "Captions":
+        texts = Strings.of(text for of_picture in captions for text in of_picture)
+        return cls(texts, np.cumsum([len(of_picture) for of_picture in captions], dtype=np.int64))
+
+    def __getitem__(self, index: int) -> list[str]:
+        start = self.ends[index - 1] if index else 0
+        return [self.texts[number] for number in range(start, self.ends[index])]
+
+    def counts(self) -> np.ndarray:
+        """(n,) how many each picture has."""
+        return np.diff(self.ends, prepend=0)
 
 
 def cores() -> int:
@@ -65,23 +94,34 @@ def cores() -> int:
 
 
 class Calls(Dataset):
-    """`call` by number; DataLoader runs it in processes, in order, a few ahead, and ends them with this one."""
+    """`call` of each item, as a dataset: DataLoader runs it in processes and ends them with this one."""
 
-    def __init__(self, call: Callable, count: int):
-        self.call, self.count = call, count
+    def __init__(self, call: Callable, items: Sequence):
+        self.call, self.items = call, items
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.items)
 
     def __getitem__(self, index: int):
-        return self.call(index)
+        return self.call(self.items[index])
 
-    @classmethod
-    def run(cls, call: Callable, count: int, workers: int) -> Iterator:
-        own = torch.Generator()  # else DataLoader draws from the global one, and a cache hit changes a run
-        calls = cls(call, count)
-        return iter(DataLoader(calls, batch_size=None, num_workers=workers, collate_fn=as_is, generator=own))
+
+def in_processes(call: Callable, items: Sequence, workers: int) -> Iterator:
+    """`call` of each item, in order and a few ahead; without workers in this process."""
+    rng = torch.Generator()  # else DataLoader draws from the global one, and a cache hit changes a run
+    calls = Calls(call, items)
+    return iter(DataLoader(calls, batch_size=None, num_workers=workers, collate_fn=as_is, generator=rng))
 
 
 def as_is(value):
     return value
+
+
+def in_chunks(call: Callable[[range], object], total: int, title: str) -> Iterator:
+    """`call` of the numbers below `total`, CHUNK at a time; with a bar, and in processes where there are many."""
+    chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+    results = in_processes(call, chunks, cores() if total >= PARALLEL else 0)
+    with tqdm(total=total, desc=title, leave=False, unit="img") as bar:
+        for chunk, result in zip(chunks, results, strict=True):
+            yield result
+            bar.update(len(chunk))

@@ -10,7 +10,6 @@ import json
 import math
 import shutil
 import sys
-import zlib
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -20,16 +19,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from fomo.atomic import cache_root, make
-from fomo.datasets.arrays import Arrays, Calls, cores, read_array
+from fomo.datasets.arrays import Arrays, in_chunks, read_array
 from fomo.datasets.sources.base import UNREADABLE, Source, rgb
 from fomo.errors import UserError
 
 VERSION = 3  # of the file layout and of `shrink`
 LIMIT = 0.01  # share of pictures that may be unreadable
 AUTO_LIMIT = 64 * 2**30  # bytes of all pixel caches together up to which `cache: auto` makes a new one
-CHUNK = 128  # pictures that a process decodes at a time, and that share a checksum
-PARALLEL = 1000  # pictures from which on processes are worth their start
-WHOLE = 128 * 2**20  # bytes up to which all of a cache is compared with its checksums whenever it is opened
 NOTHING = np.zeros((0, 0, 3), np.uint8)  # what stands for a picture that cannot be read
 
 
@@ -42,13 +38,13 @@ def shrink(image: Image.Image, size: int) -> np.ndarray:
         shape = (max(size, round(width * scale)), max(size, round(height * scale)))
         image = image.resize(shape, Image.Resampling.BICUBIC)
         width, height = image.size
-    h, w = kept(height, size), kept(width, size)
+    h, w = cut_side(height, size), cut_side(width, size)
     top, left = (height - h) // 2, (width - w) // 2
     return np.asarray(image)[top : top + h, left : left + w]
 
 
-def kept(side: int, size: int) -> int:
-    """How much of a side stays: so much that no random crop fits, even rounded; the centre stays the centre."""
+def cut_side(side: int, size: int) -> int:
+    """What is left of a side: so much that no random crop fits, even rounded; the centre stays the centre."""
     enough = (3 * size + 4) // 2
     return min(side, enough + (side - enough) % 2)
 
@@ -74,18 +70,11 @@ class Pixels:
         height, width = self.shapes[index]
         return self.memory[self.offsets[index] : self.offsets[index + 1]].reshape(height, width, 3)
 
-    def intact(self, whole: bool = False) -> bool:
-        """Whether sizes and checksums are those that were written; pixels only of small caches, or if `whole`."""
+    def complete(self) -> bool:
+        """Whether its files are as long as they were written."""
         file = self.folder / "pixels.bin"
         size = file.stat().st_size if file.exists() else 0
-        if size != self.meta["bytes"] or size != self.offsets[-1] or len(self.shapes) != self.meta["count"]:
-            return False
-        if zlib.crc32(self.shapes) != self.meta["shapes"]:
-            return False
-        pixels = read_array(self.folder, "pixels", np.uint8) if whole or size <= WHOLE else None
-        ends = [*self.offsets[::CHUNK].tolist(), size] if len(self.shapes) % CHUNK else self.offsets[::CHUNK]
-        spans = zip(ends, ends[1:], self.meta["sums"], strict=False)
-        return pixels is None or all(zlib.crc32(pixels[a:b]) == crc for a, b, crc in spans)
+        return size == self.meta["bytes"] == self.offsets[-1] and len(self.shapes) == self.meta["count"]
 
 
 class Decoded:
@@ -96,16 +85,16 @@ class Decoded:
         self.drawn, self.broken = 0, set()
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """-> (h, w, 3) uint8; NOTHING if it cannot be read, which is told once."""
+        """-> (h, w, 3) uint8; NOTHING if it cannot be read, which is reported once."""
         self.drawn += 1
         if index in self.broken:
             return NOTHING
         pixels, problem = decode(self.source, self.size, index)
         if problem:
-            self.tell(index, problem)
+            self.report(index, problem)
         return pixels
 
-    def tell(self, index: int, problem: str) -> None:
+    def report(self, index: int, problem: str) -> None:
         """Past the limit by more than chance explains (three standard deviations), it is an error."""
         self.broken.add(index)
         expected = LIMIT * self.drawn
@@ -116,10 +105,10 @@ class Decoded:
 
     @cached_property
     def shapes(self) -> np.ndarray:
-        """(n, 2) as of Pixels. Costs one pass over all pictures, whose result is kept."""
+        """(n, 2) as of Pixels. Costs one pass over all pictures, whose result is stored."""
         folder = folder_of(self.source, self.size, "shapes")
         if not folder.exists():
-            build(self.source, self.size, self.name, folder, keep=False)
+            build(self.source, self.size, self.name, folder, pixels=False)
         return read_array(folder, "shapes", np.uint16).reshape(-1, 2)
 
 
@@ -137,11 +126,9 @@ def open_pixels(source: Source, size: int, name: str) -> Pixels | Decoded:
             tqdm.write(f"{name}: {reason}; pictures are decoded when drawn", file=sys.stderr)
             return Decoded(source, size, name)
         build(source, size, name, folder)
-    pixels = opened(folder)
+    pixels = open_complete(folder)
     if pixels is None:
-        tqdm.write(
-            f"{name}: its cache {folder} was altered since it was written; made again", file=sys.stderr
-        )
+        tqdm.write(f"{name}: its cache {folder} is not as it was written; made again", file=sys.stderr)
         shutil.rmtree(folder)
         build(source, size, name, folder)
         pixels = Pixels(folder)
@@ -155,11 +142,11 @@ def folder_of(source: Source, size: int, kind: str = "pixels") -> Path:
     return cache_root() / kind / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:20]
 
 
-def opened(folder: Path, whole: bool = False) -> Pixels | None:
-    """None if it is not what was written."""
+def open_complete(folder: Path) -> Pixels | None:
+    """None if a file is missing, cut off, or of something else."""
     try:
         pixels = Pixels(folder)
-        return pixels if pixels.intact(whole) else None
+        return pixels if pixels.complete() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -171,7 +158,7 @@ def too_large(source: Source, size: int) -> str | None:
     there = sum(file.stat().st_size for file in root.glob("pixels/*/pixels.bin"))
     if there + wanted > AUTO_LIMIT:
         return f"with its {gigabytes(wanted)} the pixel caches would pass {gigabytes(AUTO_LIMIT)}"
-    existing = next((place for place in (root, *root.parents) if place.exists()), Path("/"))
+    existing = next((folder for folder in (root, *root.parents) if folder.exists()), Path("/"))
     free = shutil.disk_usage(existing).free
     return f"its cache of {gigabytes(wanted)} would fill the disk" if wanted > 0.9 * free else None
 
@@ -180,29 +167,24 @@ def gigabytes(size: int) -> str:
     return f"{size / 2**30:.1f} GB"
 
 
-def build(source: Source, size: int, name: str, folder: Path, keep: bool = True) -> None:
-    make(folder, partial(write, source, size, name, keep))
+def build(source: Source, size: int, name: str, folder: Path, pixels: bool = True) -> None:
+    make(folder, partial(write, source, size, name, pixels))
 
 
-def write(source: Source, size: int, name: str, keep: bool, folder: Path) -> None:
-    """Decode everything into `folder`; without `keep` only the shapes are written."""
-    total, seen, sums, length, broken = len(source), 0, [], 0, []
+def write(source: Source, size: int, name: str, pixels: bool, folder: Path) -> None:
+    """Decode everything into `folder`; without `pixels` only the shapes are written."""
+    total, seen, length, broken = len(source), 0, 0, []
     arrays = Arrays(folder)
-    calls = partial(decode_chunk, source, size)
-    chunks = Calls.run(calls, math.ceil(total / CHUNK), cores() if total >= PARALLEL else 0)
-    crc = 0
-    with tqdm(total=total, desc=f"pictures of {name}", leave=False, unit="img") as bar:
-        for shapes, pixels, problems in chunks:
-            arrays.append(shapes=shapes, **({"pixels": pixels} if keep else {}))
-            sums.append(zlib.crc32(pixels))
-            crc, length, seen = zlib.crc32(shapes, crc), length + len(pixels), seen + len(shapes)
-            broken += problems
-            bar.update(len(shapes))
-            if len(broken) > LIMIT * total:
-                of = f"{total}" if seen == total else f"the first {seen}"
-                raise UserError(f"{summary(name, broken, of)}; more than the limit of {LIMIT:.0%}")
-    meta = {"source": source.key()[:1000], "size": size, "version": VERSION, "count": total, "shapes": crc}
-    arrays.finish(**meta, bytes=length, unreadable=broken, sums=sums)
+    decode_numbers = partial(decode_chunk, source, size)
+    for shapes, flat, problems in in_chunks(decode_numbers, total, f"pictures of {name}"):
+        arrays.append(shapes=shapes, **({"pixels": flat} if pixels else {}))
+        seen, length = seen + len(shapes), length + len(flat)
+        broken += problems
+        if len(broken) > LIMIT * total:
+            of = f"{total}" if seen == total else f"the first {seen}"
+            raise UserError(f"{summary(name, broken, of)}; more than the limit of {LIMIT:.0%}")
+    meta = {"source": source.key()[:1000], "size": size, "version": VERSION, "count": total}
+    arrays.finish(**meta, bytes=length, unreadable=broken)
 
 
 def decode(source: Source, size: int, index: int) -> tuple[np.ndarray, str | None]:
@@ -213,9 +195,8 @@ def decode(source: Source, size: int, index: int) -> tuple[np.ndarray, str | Non
         return NOTHING, f"{source.name_of(index)}: {' '.join(str(error).split())}"
 
 
-def decode_chunk(source: Source, size: int, chunk: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def decode_chunk(source: Source, size: int, numbers: range) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """-> shapes (k, 2), all pixels in a row, and what is wrong with the pictures that cannot be read."""
-    numbers = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(source)))
     decoded = [decode(source, size, index) for index in numbers]
     shapes = np.array([pixels.shape[:2] for pixels, _ in decoded], np.uint16)
     flat = np.concatenate([pixels.reshape(-1) for pixels, _ in decoded])

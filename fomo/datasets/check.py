@@ -14,17 +14,16 @@ from pathlib import Path
 import numpy as np
 import open_clip
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-from fomo.datasets.arrays import Calls, cores
-from fomo.datasets.cache import LIMIT, PARALLEL, decode, folder_of, open_pixels, opened, summary
-from fomo.datasets.datafile import DataFile, Entry, read, wanted
+from fomo.datasets.arrays import in_chunks
+from fomo.datasets.cache import LIMIT, decode, folder_of, open_complete, open_pixels, summary
+from fomo.datasets.datafile import DataFile, Entry, read, splits_of
 from fomo.datasets.sources.base import UNREADABLE, Source, rgb
 from fomo.datasets.sources.webdataset import Shards
 from fomo.errors import UserError
 from fomo.recipe import Model
+from fomo.text import aligned
 
-CHUNK = 64  # pictures that a process hashes at a time
 WORDS = 77  # a caption of more words cannot fit CLIP's context, whatever the words
 COLUMNS, ROWS, TILE, TEXT = 6, 4, 128, 48  # of a contact sheet, in pictures and in pixels
 HEAD = ("dataset", "split", "pictures", "unreadable", "captions", "without", "concepts", "copies")
@@ -67,21 +66,15 @@ class Findings:
 
     def text(self) -> str:
         """The table, then the warnings and errors, one line each."""
-        rows = [list(HEAD), *(split.row() for split in self.splits)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(map(pad, row, widths, range(len(row)))).rstrip() for row in rows]
-        told = [f"warning: {text}" for text in self.warnings] + [f"error: {text}" for text in self.errors]
-        return "\n".join([*lines, *([""] if told else []), *told])
-
-
-def pad(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column < 2 else cell.rjust(width)
+        table = aligned([list(HEAD), *(split.row() for split in self.splits)], left=2)
+        lines = [f"warning: {text}" for text in self.warnings] + [f"error: {text}" for text in self.errors]
+        return "\n".join([table, *([""] if lines else []), *lines])
 
 
 def check(path: str | Path, plot: str | None = None) -> Findings:
     """Open and decode everything that a data file names; `plot`: a folder for a contact sheet of each dataset."""
     data, found = read(path), Findings()
-    for entry, split in wanted(data):
+    for entry, split in splits_of(data):
         try:
             source = entry.open(split)
         except UserError as error:
@@ -100,30 +93,25 @@ def check(path: str | Path, plot: str | None = None) -> Findings:
 
 def scan(entry: Entry, split: str, source: Source) -> Split:
     """Decode every picture, in processes where there are many."""
-    calls, total = partial(hash_chunk, source), len(source)
-    chunks = Calls.run(calls, math.ceil(total / CHUNK), cores() if total >= PARALLEL else 0)
     hashes, broken = [], []
-    with tqdm(total=total, desc=f"{entry.where} ({split})", leave=False, unit="img") as bar:
-        for part, problems in chunks:
-            hashes.append(part)
-            broken += problems
-            bar.update(len(part))
+    for part, problems in in_chunks(partial(hash_chunk, source), len(source), f"{entry.where} ({split})"):
+        hashes.append(part)
+        broken += problems
     counts = source.caption_counts()
-    return Split(
-        entry, split, source, np.concatenate(hashes), broken, int(counts.sum()), int((counts == 0).sum())
-    )
+    captions, bare = int(counts.sum()), int((counts == 0).sum())
+    return Split(entry, split, source, np.concatenate(hashes), broken, captions, bare)
 
 
-def hash_chunk(source: Source, chunk: int) -> tuple[np.ndarray, list[str]]:
-    numbers = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(source)))
+def hash_chunk(source: Source, numbers: range) -> tuple[np.ndarray, list[str]]:
     hashes, problems = np.zeros(len(numbers), np.uint64), []
     for place, index in enumerate(numbers):
         try:
             image = rgb(source.image(index))
-            digest = hashlib.blake2b(image.tobytes(), digest_size=8, salt=repr(image.size).encode()[:16])
-            hashes[place] = max(int.from_bytes(digest.digest(), "little"), 1)
         except UNREADABLE as error:
             problems.append(f"{source.name_of(index)}: {' '.join(str(error).split())}")
+            continue
+        digest = hashlib.blake2b(image.tobytes(), digest_size=8, salt=repr(image.size).encode()[:16])
+        hashes[place] = max(int.from_bytes(digest.digest(), "little"), 1)
     return hashes, problems
 
 
@@ -133,8 +121,10 @@ def judge(split: Split, data: DataFile, found: Findings) -> None:
     warn += [f"{split.name}: {note}" for note in source.notes]
     if split.broken:
         line = summary(split.name, split.broken, total)
-        too_many = len(split.broken) > LIMIT * total
-        (found.errors if too_many else warn).append(f"{line}{f', the limit is {LIMIT:.0%}' * too_many}")
+        if len(split.broken) > LIMIT * total:
+            found.errors.append(f"{line}, the limit is {LIMIT:.0%}")
+        else:
+            warn.append(line)
     if isinstance(source, Shards) and source.guessed is not None:
         for label in split.present.tolist():
             if source.classes[label] == f"class {label}":
@@ -148,16 +138,14 @@ def judge(split: Split, data: DataFile, found: Findings) -> None:
         found.errors.append(f"{split.name}: no class labels, say `task: retrieval`")
     long = [text for i in range(total) for text in source.captions(i) if text.count(" ") >= WORDS]
     if long:
-        words = max(len(text.split()) for text in long)
-        warn.append(
-            f"{split.name}: {len(long)} captions are longer than a model reads, the longest {words} words"
+        what = (
+            f"captions are longer than a model reads, the longest {max(len(t.split()) for t in long)} words"
         )
-    if (
-        data.image_size
-        and (folder := folder_of(source, data.image_size)).exists()
-        and not opened(folder, whole=True)
-    ):
-        warn.append(f"{split.name}: its pixel cache {folder} was altered since it was written, delete it")
+        warn.append(f"{split.name}: {len(long)} {what}")
+    if data.image_size:
+        cache = folder_of(source, data.image_size)
+        if cache.exists() and open_complete(cache) is None:
+            warn.append(f"{split.name}: its pixel cache {cache} is not as it was written, delete it")
 
 
 def compare(found: Findings) -> None:
@@ -168,23 +156,22 @@ def compare(found: Findings) -> None:
         for where, other in train.items():
             same = np.isin(test.hashes, other.hashes) & (test.hashes > 0)
             if same.any():
+                what = f"{same.sum()} pictures are also in {where} (train)"
                 first = test.source.name_of(int(same.argmax()))
-                found.warnings.append(
-                    f"{test.name}: {same.sum()} pictures are also in {where} (train), first: {first}"
-                )
+                found.warnings.append(f"{test.name}: {what}, first: {first}")
             copied |= same
         test.copies = int(copied.sum())
-        own = train.get(test.entry.where)
-        if own is None or not test.source.classes:
-            continue
-        for one, other, told in (
-            (test, own, "scored but never trained"),
-            (own, test, "trained but never scored"),
-        ):
-            names = [one.source.classes[i] for i in np.setdiff1d(one.present, other.present)]
-            if names:
-                shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-                found.warnings.append(f"{one.name}: {len(names)} classes are {told}: {shown}")
+        if test.entry.where in train and test.source.classes:
+            compare_classes(test, train[test.entry.where], found)
+
+
+def compare_classes(test: Split, train: Split, found: Findings) -> None:
+    one_sided = ((test, train, "scored but never trained"), (train, test, "trained but never scored"))
+    for split, other, what in one_sided:
+        names = [split.source.classes[i] for i in np.setdiff1d(split.present, other.present)]
+        if names:
+            shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+            found.warnings.append(f"{split.name}: {len(names)} classes are {what}: {shown}")
 
 
 def draw(splits: list[Split], folder: Path) -> None:
@@ -222,17 +209,19 @@ def sheet(source: Source) -> Image.Image:
 def fill_caches(path: str | Path, size: int) -> str:
     """Make the cache of every split; -> a table of what is there."""
     data = read(path)
-    if data.keep == "never":
+    if data.cache == "never":
         raise UserError(f"{path}: cache: it says never, so there is nothing to make")
-    lines = []
-    for entry, split in wanted(data):
+    rows = []
+    for entry, split in splits_of(data):
         if (source := entry.open(split)) is None:
             continue
         source.cache = "always"  # that is what the command is for
         pixels = open_pixels(source, size, f"{entry.where} ({split})")
-        place = f"{pixels.meta['bytes'] / 2**20:8.1f} MB  {pixels.folder}"
-        lines.append(f"{entry.where:24} {split:5} {len(source):9} pictures  {place}")
-    return "\n".join(lines)
+        megabytes = pixels.meta["bytes"] / 2**20
+        rows.append(
+            [entry.where, split, f"{len(source)} pictures", f"{megabytes:.1f} MB", str(pixels.folder)]
+        )
+    return aligned(rows, left=2) if rows else ""
 
 
 def side_of(path: str | Path, model: Model) -> int:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Features of pictures and texts, in batches that the ranks share; testing, orders and reports use them."""
 
 from collections.abc import Callable, Sequence
 
@@ -26,26 +26,26 @@ def image_features(
 ) -> Tensor:
     """(N, D) on the unit sphere."""
 
-    def encode(own: list[int]) -> Tensor:
-        pictures = [samples.pixels[int(i)] for i in own]
+    def encode(part: list[int]) -> Tensor:
+        pictures = [samples.pixels[int(i)] for i in part]
         return clip.model.encode_image(central_images(clip, pictures, device))
 
     out = []
     for start in range(0, len(numbers), IMAGES * ranks.world_size):
         block = numbers[start : start + IMAGES * ranks.world_size]
-        out.append(shared(block, encode, ranks))
+        out.append(encode_block(block, encode, ranks))
         tick(len(block))
     return torch.cat(out)
 
 
-def shared(block: Sequence, encode: Callable[[Sequence], Tensor], ranks: Ranks) -> Tensor:
-    """(n, D) on the unit sphere, of the n things in `block`: every rank encodes its own and gets all.
+def encode_block(block: Sequence, encode: Callable[[Sequence], Tensor], ranks: Ranks) -> Tensor:
+    """(n, D) on the unit sphere, of the n things in `block`: every rank encodes a part of them and gets all.
 
-    All encode as many; for a place beyond the end that is the last one again.
+    The parts are of one length; beyond the end of the block its last thing stands in.
     """
-    places = range(ranks.rank, len(block) + -len(block) % ranks.world_size, ranks.world_size)
-    own = [block[min(place, len(block) - 1)] for place in places]
-    return ranks.all_gather(F.normalize(encode(own).float(), dim=-1))[: len(block)]
+    positions = range(ranks.rank, len(block) + -len(block) % ranks.world_size, ranks.world_size)
+    part = [block[min(position, len(block) - 1)] for position in positions]
+    return ranks.all_gather(F.normalize(encode(part).float(), dim=-1))[: len(block)]
 
 
 def central_images(clip: Clip, pictures: list[np.ndarray], device: torch.device) -> Tensor:
@@ -70,14 +70,14 @@ def central_square(picture: np.ndarray) -> np.ndarray:
 def text_features(clip: Clip, rows: list[np.ndarray], device: torch.device, ranks: Ranks = ALONE) -> Tensor:
     """(N, D) on the unit sphere, in large batches of similar length."""
 
-    def encode(own: list[int]) -> Tensor:
-        return encode_text(clip.model, padded([rows[i] for i in own]).to(device))
+    def encode(numbers: list[int]) -> Tensor:
+        return encode_text(clip.model, padded([rows[i] for i in numbers]).to(device))
 
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     out = None
     for start in range(0, len(rows), TEXTS * ranks.world_size):
         block = order[start : start + TEXTS * ranks.world_size]
-        features = shared(block, encode, ranks)
+        features = encode_block(block, encode, ranks)
         if out is None:
             out = torch.empty(len(rows), features.shape[1], device=device)
         out[torch.tensor(block, device=device)] = features

@@ -20,14 +20,15 @@ from tqdm import tqdm
 
 from fomo.atomic import write_atomically
 from fomo.datasets import datafile
-from fomo.datasets.datafile import entry, say_once
+from fomo.datasets.datafile import entry, write_once
 from fomo.datasets.sources.base import IMAGE_SUFFIXES, Source
 from fomo.datasets.sources.folders import folders_in, pictures
 from fomo.datasets.stream import concepts_of
 from fomo.errors import UserError
 
-HOLDOUT = 0.1
-PASSES = 10
+HOLDOUT = 0.1  # of every class is the test split where there is none
+# What `recipe_for` chooses:
+PASSES = 10  # over the pictures
 BATCHES = (16, 512)  # smallest and largest
 KEEP = 0.5  # of the original in the one merge there is; its whole curve is in the report
 TESTS = ("test", "val", "valid", "validation")  # the first that is there is the test split
@@ -62,8 +63,8 @@ def write_inferred(path: str | Path, out: Path) -> Path:
 
 def infer(path: str | Path) -> dict:
     """The content of a data file: one set to learn, from a folder, a table or a shard."""
-    place = Path(path).expanduser().resolve()
-    source, splits = in_folder(place) if place.is_dir() else in_file(place)
+    path = Path(path).expanduser().resolve()
+    source, splits = in_folder(path) if path.is_dir() else in_file(path)
     spec: dict = {"source": source}
     for split, files in splits.items():
         spec[split] = str(files[0]) if len(files) == 1 else [str(file) for file in files]
@@ -71,63 +72,61 @@ def infer(path: str | Path) -> dict:
         spec["holdout"] = HOLDOUT
     if source in ("csv", "tsv"):
         spec |= columns_of(splits["train"])
-    name = (place.name if place.is_dir() else place.stem) or "data"
-    train = opened(name, spec, place, "train")
+    name = (path.name if path.is_dir() else path.stem) or "data"
+    train = opened(name, spec, path, "train")
     nameless = [n for n in set(train.labels.tolist()) if n >= 0 and train.classes[n] == f"class {n}"]
     if source == "webdataset" and nameless:
-        raise UserError(
-            f"{place}: label {nameless[0]} has no name: no classes.txt beside the shard, no caption"
-        )
+        problem = f"label {nameless[0]} has no name: no classes.txt beside the shard, no caption"
+        raise UserError(f"{path}: {problem}")
     if not train.classes:
         spec["task"] = "retrieval"
         if not train.caption_counts().any():
-            raise UserError(f"{place}: neither classes nor captions, accepted: {ACCEPTED}")
+            raise UserError(f"{path}: neither classes nor captions, accepted: {ACCEPTED}")
     return {"adaptation": {name: spec}}
 
 
-def opened(name: str, spec: dict, place: Path, split: str) -> Source:
-    return entry(name, "adaptation", spec, place).open(split)
+def opened(name: str, spec: dict, path: Path, split: str) -> Source:
+    return entry(name, "adaptation", spec, path).open(split)
 
 
-def in_file(place: Path) -> tuple[str, Splits]:
+def in_file(path: Path) -> tuple[str, Splits]:
     """The kind of source of a single file; a file beside it that has its name but for `test` is the test split."""
-    suffix = place.suffix.lower()
-    if suffix not in KINDS or not place.exists():
-        problem = (
-            f"expected a data file (.yaml), or {ACCEPTED}" if place.exists() else "no such file or folder"
-        )
-        raise UserError(f"{place}: {problem}")
-    beside = [file for file in visible(place.parent) if file.suffix.lower() == suffix and file != place]
-    tests = [file for file in beside if split_of(file) != "train" and stem_of(file) in ("", stem_of(place))]
-    return KINDS[suffix], {"train": [place], **by_name(place, tests)}
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if suffix not in KINDS:
+        raise UserError(f"{path}: expected a data file (.yaml), or {ACCEPTED}")
+    beside = [file for file in visible(path.parent) if file.suffix.lower() == suffix and file != path]
+    tests = [file for file in beside if split_of(file) != "train" and stem_of(file) in ("", stem_of(path))]
+    return KINDS[suffix], {"train": [path], **by_name(path, tests)}
 
 
-def in_folder(place: Path) -> tuple[str, Splits]:
+def in_folder(root: Path) -> tuple[str, Splits]:
     """The kind of source that a folder is, and the files or folders of its splits."""
-    below = {entry.name: Path(entry.path) for entry in folders_in(place)}
+    below = {entry.name: Path(entry.path) for entry in folders_in(root)}
     splits = {name: folder for name, folder in below.items() if name.lower() in ("train", *TESTS)}
     if "train" in map(str.lower, splits):
-        return in_split_folders(place, below, sorted(splits.values()))
+        return in_split_folders(root, below, sorted(splits.values()))
     for folder in splits.values():
         if any(holds_pictures(Path(inner.path)) for inner in folders_in(folder)):
-            raise UserError(f"{place}: {folder.name}/ holds class folders, but no train/ is beside it")
-    kind, files = kind_of(place)
+            raise UserError(f"{root}: {folder.name}/ holds class folders, but no train/ is beside it")
+    kind, files = kind_of(root)
     if kind == "folder":
         return kind, {"train": files}
-    splits = by_name(place, files)
+    splits = by_name(root, files)
     if "train" not in splits:
-        raise UserError(f"{place}: only test files ({files[0].name}), there is nothing to learn")
+        raise UserError(f"{root}: only test files ({files[0].name}), there is nothing to learn")
     return kind, splits
 
 
-def in_split_folders(place: Path, below: dict[str, Path], folders: list[Path]) -> tuple[str, Splits]:
+def in_split_folders(root: Path, below: dict[str, Path], folders: list[Path]) -> tuple[str, Splits]:
     for other in below.values():
         if other not in folders and holds_pictures(other):
-            raise UserError(f"{place}: {other.name}/ is beside train/, but is neither a split nor in one")
-    splits = {split: kind_of(files[0]) for split, files in by_name(place, folders).items()}
+            raise UserError(f"{root}: {other.name}/ is beside train/, but is neither a split nor in one")
+    splits = {split: kind_of(files[0]) for split, files in by_name(root, folders).items()}
     kinds = {kind for kind, _ in splits.values()}
     if len(kinds) > 1:
-        raise UserError(f"{place}: its splits hold different kinds of data: {', '.join(sorted(kinds))}")
+        raise UserError(f"{root}: its splits hold different kinds of data: {', '.join(sorted(kinds))}")
     return kinds.pop(), {split: files for split, (_, files) in splits.items()}
 
 
@@ -145,24 +144,24 @@ def kind_of(folder: Path) -> tuple[str, list[Path]]:
         kinds["folder"] = [folder]
     if not kinds and tables:
         kinds[KINDS[tables[0].suffix.lower()]] = tables[:1]  # `columns_of` says what it lacks
-    if len(kinds) > 1:
-        found = ", ".join(f"{kind} ({files[0].name})" for kind, files in kinds.items())
-        raise UserError(
-            f"{folder}: more than one kind of data: {found}; name the file or folder that is meant"
-        )
     if not kinds:
         raise UserError(f"{folder}: nothing to learn from in it, accepted: {ACCEPTED}")
+    if len(kinds) > 1:
+        found = ", ".join(f"{kind} ({files[0].name})" for kind, files in kinds.items())
+        remedy = "name the file or folder that is meant"
+        raise UserError(f"{folder}: more than one kind of data: {found}; {remedy}")
     return kinds.popitem()
 
 
-def by_name(place: Path, files: list[Path]) -> Splits:
+def by_name(path: Path, files: list[Path]) -> Splits:
     """Files or folders by the split in their names. Of several kinds of test split one is used."""
     named: Splits = {}
     for file in files:
         named.setdefault(split_of(file), []).append(file)
     tests = [name for name in TESTS if name in named]
     for unused in tests[1:]:
-        say_once(f"{place}: {named[unused][0].name} is left out, the test split is {named[tests[0]][0].name}")
+        note = f"{named[unused][0].name} is left out, the test split is {named[tests[0]][0].name}"
+        write_once(f"{path}: {note}")
     splits = {"train": named.get("train"), "test": named.get((*tests, None)[0])}
     return {split: files for split, files in splits.items() if files}
 
@@ -216,20 +215,20 @@ def columns_of(tables: list[Path]) -> dict:
     return {"caption": None, **columns}
 
 
-def summary(content: dict, place: Path) -> list[str]:
+def summary(content: dict, path: Path) -> list[str]:
     """What a run would make of it, a line each; opens both splits."""
     lines = []
     for name, spec in content["adaptation"].items():
-        train, test = (opened(name, spec, place, split) for split in ("train", "test"))
+        train, test = (opened(name, spec, path, split) for split in ("train", "test"))
         concepts = f"{len(train.classes)} classes" if train.classes else "captions"
         how = "held out" if "holdout" in spec else "in the test split"
         lines.append(f"{name!a}: {concepts}, {len(train)} pictures to learn from, {len(test)} {how}")
-        lines += doubtful(train)
+        lines += useless_captions(train)
     return lines
 
 
-def doubtful(source: Source) -> list[str]:
-    """Captions that say nothing, counted."""
+def useless_captions(source: Source) -> list[str]:
+    """Lines about captions that say nothing, counted."""
     empty, paths = [], []
     for index in range(len(source)):
         captions = source.captions(index)
@@ -237,23 +236,24 @@ def doubtful(source: Source) -> list[str]:
             empty.append(index)
         if any(map(PATH.fullmatch, captions)):
             paths.append(index)
-    found = (("have no caption", empty), ("have a caption that is only a file's path", paths))
+    kinds = (("have no caption", empty), ("have a caption that is only a file's path", paths))
     return [
         f"{len(numbers)} of {len(source)} {what}, first: {source.name_of(numbers[0])!a}"
-        for what, numbers in found
+        for what, numbers in kinds
         if numbers
     ]
 
 
-# --- the size of an update for such data ---
-
-
 def is_data_file(path: str) -> bool:
+    """Whether `--data` is a data file already, not a folder, a table or a shard to look into."""
     return Path(path).suffix in (".yaml", ".yml")
 
 
-def fitted(file: Path) -> dict:
-    """What a scale would say, for the pictures of a data file without a pretraining pool."""
+def recipe_for(file: Path) -> dict:
+    """Parts of a recipe that suit a few pictures without a pretraining pool; `defaults` are those of a scale.
+
+    One update of PASSES passes, in batches that are a power of two and at most a quarter of the pictures.
+    """
     pictures = sum(concepts_of(datafile.read(file))[1])
     smallest, largest = BATCHES
     batch = min(max(2 ** int(math.log2(max(pictures / 4, 1))), smallest), largest)

@@ -16,7 +16,6 @@ from fomo.errors import UserError
 from fomo.recipe import Mixture
 
 POOLS = ("pretraining", "update", "buffer")  # P, D, B: the order in which left-over slots are given out
-STORED = 2**20  # samples of a pool up to which its permutations are kept as arrays
 
 
 def sub_batches(batch_size: int, mixture: Mixture, empty: frozenset[str] = frozenset()) -> dict[str, int]:
@@ -51,8 +50,7 @@ def sub_batches(batch_size: int, mixture: Mixture, empty: frozenset[str] = froze
 class Pool:
     """Samples of a collection, drawn in endless epochs, each a fresh permutation: no repetition within one.
 
-    Up to STORED samples a permutation is an array, beyond it a function of the place: a pool of 15 million
-    costs no memory.
+    At most two permutations are held: 4 bytes a sample each, 60 MB for 15 million.
     """
 
     def __init__(self, collection: Collection, numbers: np.ndarray | range, key: tuple[int, ...]):
@@ -69,7 +67,7 @@ class Pool:
         if epoch not in self.epochs:
             self.epochs = {e: p for e, p in self.epochs.items() if e == epoch - 1}
             rng = np.random.default_rng([*self.key, epoch])
-            self.epochs[epoch] = rng.permutation(len(self)).astype(np.int32)
+            self.epochs[epoch] = rng.permutation(np.arange(len(self), dtype=np.int32))
         return self.epochs[epoch]
 
     def at(self, positions: np.ndarray) -> np.ndarray:
@@ -77,10 +75,7 @@ class Pool:
         epochs, places = np.divmod(positions, len(self))
         for epoch in set(epochs.tolist()):
             here = epochs == epoch
-            if len(self) <= STORED:
-                places[here] = self.permutation(epoch)[places[here]]
-            else:
-                places[here] = shuffled(places[here], len(self), (*self.key, epoch))
+            places[here] = self.permutation(epoch)[places[here]]
         return places + self.numbers.start if isinstance(self.numbers, range) else self.numbers[places]
 
     def take(self, start: int, count: int) -> np.ndarray:
@@ -107,31 +102,6 @@ class Blend(Pool):
         return slots
 
 
-def shuffled(places: np.ndarray, n: int, key: tuple[int, ...]) -> np.ndarray:
-    """(k,) numbers below n -> where a random permutation of n puts them, computed for these alone.
-
-    A Feistel network permutes the numbers of 2 h bits; one that leaves the range walks on until it is back.
-    """
-    half = np.uint64(((n - 1).bit_length() + 1) // 2)
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    rounds = np.random.default_rng(key).integers(0, 2**64, size=6, dtype=np.uint64)
-    out, walking = places.astype(np.uint64), np.arange(len(places))
-    while len(walking):
-        left, right = out[walking] >> half, out[walking] & mask
-        for secret in rounds:
-            left, right = right, left ^ (mixed(right ^ secret) & mask)
-        out[walking] = left << half | right
-        walking = walking[out[walking] >= n]
-    return out.astype(np.int64)
-
-
-def mixed(x: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, every bit depends on all (the finaliser of SplitMix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def pool_of(collection: Collection, key: tuple[int, ...]) -> Pool:
     """All samples of a collection that have a caption, each source by its weight."""
     usable = collection.usable()
@@ -140,8 +110,8 @@ def pool_of(collection: Collection, key: tuple[int, ...]) -> Pool:
         return Pool(collection, numbers, key)
     pools = []
     for start, part in zip(collection.starts, collection.parts, strict=False):
-        own = part.described()
-        numbers = range(start, start + len(own)) if own.all() else start + np.flatnonzero(own)
+        usable = part.described()
+        numbers = range(start, start + len(usable)) if usable.all() else start + np.flatnonzero(usable)
         pools.append((Pool(collection, numbers, (*key, start)), part.weight))
     filled = [(pool, weight) for pool, weight in pools if len(pool)]
     return Blend(*map(list, zip(*filled, strict=True)), key) if filled else pools[0][0]
@@ -155,8 +125,15 @@ def reservoir(numbers: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
     if limit is None or len(numbers) <= limit:
         return numbers
     secret = np.random.default_rng([seed, 0x4E5E]).integers(0, 2**64, dtype=np.uint64)
-    rank = mixed(mixed(numbers.astype(np.uint64)) ^ secret)
+    rank = scrambled(scrambled(numbers.astype(np.uint64)) ^ secret)
     return np.sort(numbers[np.argpartition(rank, limit)[:limit]])
+
+
+def scrambled(x: np.ndarray) -> np.ndarray:
+    """uint64 -> uint64, every bit depends on all (the finaliser of SplitMix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 class Batches(Dataset):
@@ -178,9 +155,9 @@ class Batches(Dataset):
     def __getitem__(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, self.update, step, 0xBA7C])
         size = sum(count for _, _, count in self.draws)
-        own, which = slice(self.first, None, self.every), rng.random(size)
+        rows, draws = slice(self.first, None, self.every), rng.random(size)
         pictures, tokens = [], []
-        for (name, pool, position, number), draw in zip(self.drawn(step)[own], which[own], strict=True):
+        for (name, pool, position, number), draw in zip(self.drawn(step)[rows], draws[rows], strict=True):
             samples, index = pool.collection.locate(number)
             picture = samples.pixels[index]
             if not picture.size:
@@ -189,10 +166,10 @@ class Batches(Dataset):
             tokens.append(samples.caption(index, draw))
         canvas, sides = canvas_of(pictures)
         shapes = np.ones((size, 2), sides.dtype)  # a row's crop does not depend on the others' shapes
-        shapes[own] = sides
-        boxes = torch.from_numpy(random_crops(shapes, rng)[own])
+        shapes[rows] = sides
+        boxes = torch.from_numpy(random_crops(shapes, rng)[rows])
         pools = [POOLS.index(name) for name, _, count in self.draws for _ in range(count)]
-        return Batch(canvas, boxes, padded(tokens), torch.tensor(pools[own]))
+        return Batch(canvas, boxes, padded(tokens), torch.tensor(pools[rows]))
 
     def drawn(self, step: int) -> list[tuple[str, Pool, int, int]]:
         """Each row's pool, its position in the pool's endless sequence, and the sample number there."""
@@ -210,9 +187,10 @@ class Batches(Dataset):
 
     def loader(self, start: int = 0, workers: int = 0, pin: bool = False) -> DataLoader:
         """Iterates from step `start`; batches are whole already, workers only assemble them ahead of time."""
-        steps, own = range(start, self.steps), torch.Generator()  # else it draws from the global generator
+        generator = torch.Generator()  # else DataLoader draws from the global one
+        steps = range(start, self.steps)
         return DataLoader(
-            self, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin, generator=own
+            self, batch_size=None, sampler=steps, num_workers=workers, pin_memory=pin, generator=generator
         )
 
 

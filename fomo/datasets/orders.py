@@ -12,8 +12,8 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,57 +26,66 @@ from fomo.clip import Clip
 from fomo.datasets.datafile import DataFile
 from fomo.datasets.features import image_features, text_features
 from fomo.datasets.samples import Samples
-from fomo.datasets.stream import (
-    SEPARATOR,
-    Concept,
-    cut,
-    folders_of,
-    match,
-    plain,
-)
+from fomo.datasets.sources.base import Source
+from fomo.datasets.stream import SEPARATOR, Concept, cut, folders_of, match, plain
 from fomo.errors import UserError
 from fomo.recipe import Stream
+from fomo.schema import NotNegative, convert
 
 STARTS = 64  # nearest-neighbour paths that are tried; the paper tries all n
-OWN, MIXED = 50, 50  # pairs of a concept, and of the pretraining pool among them (paper, section 3.3)
-POOLED = 5000  # pretraining pairs that are encoded once; each concept meets some of them
+PAIRS, OTHERS = 50, 50  # pairs of a concept, and of the pretraining pool among them (paper, section 3.3)
+POOLED = 5000  # pretraining pairs that are encoded once; each concept is compared with some of them
 
 
 @dataclass
-class Reference:
-    """The model that performance and similarity ask, and the pairs they ask it about."""
+class Context:
+    """What an order may ask. The model, and pictures that are not opened yet, are opened when asked for."""
 
-    clip: Clip
-    samples: Callable[[str], Samples]  # the training split of a dataset
-    pool: Callable[[], list[Samples]]
+    how: Stream
+    seed: int
+    data: DataFile
+    load: Callable[[], Clip]  # the model that performance and similarity ask, on its device
+    opened: dict[str, Samples] = field(default_factory=dict)  # training splits by dataset
+    pool: list[Samples] | None = None  # the pretraining pool, if it is open
+
+    @cached_property
+    def clip(self) -> Clip:
+        clip = self.load()
+        clip.model.eval()
+        return clip
 
     @property
     def device(self) -> torch.device:
         return next(self.clip.model.parameters()).device
 
+    def samples(self, name: str) -> Samples:
+        """The training split of a dataset."""
+        if name not in self.opened:
+            self.opened[name] = self.open(self.data.adaptation[name].open("train"), name)
+        return self.opened[name]
 
-@dataclass
-class Known:
-    """What an order may ask; the model and the pool are opened when they are asked for."""
+    def pretraining(self) -> list[Samples]:
+        if self.pool is None:
+            self.pool = [self.open(source, f"pretraining[{i}]") for i, source in enumerate(self.data.pool())]
+        return self.pool
 
-    how: Stream
-    seed: int
-    data: DataFile
-    reference: Callable[[], Reference]
+    def open(self, source: Source, name: str) -> Samples:
+        return Samples(source, self.clip, self.data.image_size or self.clip.image_size, name)
 
 
-def make_stream(concepts: list[Concept], known: Known) -> list[list[Concept]]:
+def make_stream(concepts: list[Concept], context: Context) -> list[list[Concept]]:
     """All concepts in the order of the recipe, cut into its updates."""
-    return cut(order_concepts(concepts, known), known.how.updates, known.how.per_dataset)
+    how = context.how
+    return cut(order_concepts(concepts, context), how.updates, how.per_dataset)
 
 
-def order_concepts(concepts: list[Concept], known: Known) -> list[Concept]:
-    how = known.how
+def order_concepts(concepts: list[Concept], context: Context) -> list[Concept]:
+    how = context.how
     if how.file:
-        ordered = match(how.file, concepts, known.data, how.partial)
+        ordered = match(how.file, concepts, context.data, how.partial)
     else:
-        permutation = np.random.default_rng([known.seed, 0x57EA]).permutation(len(concepts))
-        ordered = ORDERS[how.order]([concepts[i] for i in permutation], known)
+        permutation = np.random.default_rng([context.seed, 0x57EA]).permutation(len(concepts))
+        ordered = ORDERS[how.order]([concepts[i] for i in permutation], context)
     return ordered[::-1] if how.reverse else ordered
 
 
@@ -85,9 +94,9 @@ def ascending(concepts: list[Concept], keys: Iterable) -> list[Concept]:
     return [concept for concept, _ in sorted(keyed, key=lambda pair: pair[1])]
 
 
-def by_dataset(concepts: list[Concept], known: Known) -> list[Concept]:
+def by_dataset(concepts: list[Concept], context: Context) -> list[Concept]:
     """Whole datasets one after the other, they and their classes in random order."""
-    rank = {name: i for i, name in enumerate(shuffled_sets(concepts, known.seed))}
+    rank = {name: i for i, name in enumerate(shuffled_sets(concepts, context.seed))}
     return ascending(concepts, (rank[c.dataset] for c in concepts))
 
 
@@ -96,31 +105,31 @@ def shuffled_sets(concepts: list[Concept], seed: int) -> list[str]:
     return [names[i] for i in np.random.default_rng([seed, 0xDA7A]).permutation(len(names))]
 
 
-def by_time(concepts: list[Concept], known: Known) -> list[Concept]:
+def by_time(concepts: list[Concept], context: Context) -> list[Concept]:
     """Old datasets first. Those of one year are shuffled together, or with `stream.whole` kept apart."""
-    names = [name for name in known.data.adaptation if any(c.dataset == name for c in concepts)]
-    years = {name: known.data.adaptation[name].spec.get("year") for name in names}
+    names = [name for name in context.data.adaptation if any(c.dataset == name for c in concepts)]
+    years = {name: context.data.adaptation[name].spec.get("year") for name in names}
     undated = [name for name in names if years[name] is None]
     if undated:
         after = " and come last" if len(undated) < len(names) else ""
-        said = f"no year, so they keep the order of the file{after}: {', '.join(undated)}"
-        print(f"{known.data.path}: stream.order time: {said}", file=sys.stderr)
+        note = f"no year, so they keep the order of the file{after}: {', '.join(undated)}"
+        print(f"{context.data.path}: stream.order time: {note}", file=sys.stderr)
     when = {name: (0, year, "") for name, year in years.items() if year is not None}
     when |= {name: (1, i, "") for i, name in enumerate(undated)}
-    if known.how.whole:
-        rank = {name: i for i, name in enumerate(shuffled_sets(concepts, known.seed))}
+    if context.how.whole:
+        rank = {name: i for i, name in enumerate(shuffled_sets(concepts, context.seed))}
         when = {name: (*key[:2], rank[name]) for name, key in when.items()}
     return ascending(concepts, (when[c.dataset] for c in concepts))
 
 
-def by_frequency(concepts: list[Concept], known: Known) -> list[Concept]:
+def by_frequency(concepts: list[Concept], context: Context) -> list[Concept]:
     """Rare class names first: by a file of counts, or by the captions of the pretraining pool."""
-    if known.how.counts:
-        return ascending(concepts, counts_from(known.how.counts, concepts, known.data))
-    pool = known.data.pool()
+    if context.how.counts:
+        return ascending(concepts, counts_from(context.how.counts, concepts, context.data))
+    pool = context.data.pool()
     if not pool:
         problem = "the data file has no pretraining pool to count class names in"
-        raise UserError(f"{known.data.path}: stream.order frequency: {problem}; give stream.counts: FILE")
+        raise UserError(f"{context.data.path}: stream.order frequency: {problem}; give stream.counts: FILE")
     captions = (text for source in pool for i in range(len(source)) for text in source.captions(i))
     return ascending(concepts, count_names([c.name for c in concepts], captions))
 
@@ -166,7 +175,7 @@ def read_counts(path: str) -> dict[str, float]:
         text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix == ".json":
             content = json.loads(text)
-            rows = list(content.items()) if isinstance(content, dict) else [content]
+            rows = list(content.items()) if isinstance(content, dict) else [[content]]
         else:
             rows = list(csv.reader(text.splitlines(), delimiter="\t" if Path(path).suffix == ".tsv" else ","))
     except OSError as error:
@@ -177,30 +186,23 @@ def read_counts(path: str) -> dict[str, float]:
         rows = rows[1:]
     counts = {}
     for i, row in enumerate(rows, 1):
-        number = as_count(row[1]) if isinstance(row, (list, tuple)) and len(row) == 2 else None
-        if number is None:
-            raise UserError(f"{path}: entry {i}: expected a class name and a count of 0 or more, got {row!r}")
-        counts[plain(row[0])] = number
+        try:
+            name, count = row
+            counts[plain(name)] = convert(count, NotNegative, "count")
+        except (
+            ValueError,
+            AttributeError,
+        ):  # not two columns, no number (a FieldError), a name that is no text
+            problem = f"expected a class name and a count of 0 or more, got {row!r}"
+            raise UserError(f"{path}: entry {i}: {problem}") from None
     return counts
 
 
-def as_count(value: object) -> float | None:
-    try:
-        number = (
-            float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else -1.0
-        )
-    except ValueError:
-        return None
-    return number if 0 <= number < math.inf else None
-
-
-def by_similarity(concepts: list[Concept], known: Known) -> list[Concept]:
-    """Neighbours in the stream are neighbours in meaning, by the reference's text features of the prompts."""
-    reference = known.reference()
+def by_similarity(concepts: list[Concept], context: Context) -> list[Concept]:
+    """Neighbours in the stream are neighbours in meaning, by the model's text features of the prompts."""
     texts = [c.prompt.replace("{}", c.name) for c in concepts]
-    reference.clip.model.eval()
-    features = text_features(reference.clip, reference.clip.tokenize(texts), reference.device)
-    return [concepts[i] for i in lightest_path(features.cpu().numpy(), STARTS, known.seed)]
+    features = text_features(context.clip, context.clip.tokenize(texts), context.device)
+    return [concepts[i] for i in lightest_path(features.cpu().numpy(), STARTS, context.seed)]
 
 
 def lightest_path(features: np.ndarray, starts: int, seed: int) -> np.ndarray:
@@ -232,38 +234,35 @@ def nearest_path(similarity: np.ndarray, start: int) -> tuple[np.ndarray, float]
     return path, float(total)
 
 
-def by_performance(concepts: list[Concept], known: Known) -> list[Concept]:
+def by_performance(concepts: list[Concept], context: Context) -> list[Concept]:
     """Easy first: by the mean contrastive loss of a concept's pairs among pretraining pairs."""
-    return ascending(concepts, concept_losses(concepts, known))
+    return ascending(concepts, concept_losses(concepts, context))
 
 
-def concept_losses(concepts: list[Concept], known: Known) -> list[float]:
-    """Each concept's loss: OWN of its pairs among MIXED of the pool's (of all concepts' if there is no pool)."""
-    reference, rng = known.reference(), np.random.default_rng([known.seed, 0x9E2F])
-    reference.clip.model.eval()
+def concept_losses(concepts: list[Concept], context: Context) -> list[float]:
+    """Each concept's loss: PAIRS of its own among OTHERS of the pool's (without a pool: of all concepts')."""
+    rng = np.random.default_rng([context.seed, 0x9E2F])
     names = sorted({c.dataset for c in concepts})
-    pool = reference.pool()
+    pool = context.pretraining()
     if not pool:
-        said = "stream.order performance: no pretraining pool, concepts are mixed with each other"
-        print(f"{known.data.path}: {said}", file=sys.stderr)
-        pool = [reference.samples(name) for name in names]
-    mixed = pool_features(reference, pool, rng)
+        note = "stream.order performance: no pretraining pool, concepts are mixed with each other"
+        print(f"{context.data.path}: {note}", file=sys.stderr)
+        pool = [context.samples(name) for name in names]
+    mixed = pool_features(context, pool, rng)
     losses: dict[tuple[str, int], float] = {}
     for name in tqdm(names, desc="performance", unit="dataset", leave=False):
-        samples = reference.samples(name)
+        samples = context.samples(name)
         usable = np.flatnonzero(samples.complete())
         for label in sorted(c.label for c in concepts if c.dataset == name):
-            own = rng.permutation(usable[samples.labels[usable] == label])[:OWN]
-            others = torch.from_numpy(rng.permutation(len(mixed[0]))[:MIXED]).to(reference.device)
+            own = rng.permutation(usable[samples.labels[usable] == label])[:PAIRS]
+            others = torch.from_numpy(rng.permutation(len(mixed[0]))[:OTHERS]).to(context.device)
             among = tuple(features[others] for features in mixed)
-            scale = reference.clip.model.logit_scale.exp().item()
-            losses[name, label] = loss_among(pair_features(reference, samples, own), among, scale)
+            scale = context.clip.model.logit_scale.exp().item()
+            losses[name, label] = loss_among(pair_features(context, samples, own), among, scale)
     return [losses[c.dataset, c.label] for c in concepts]
 
 
-def pool_features(
-    reference: Reference, pool: list[Samples], rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
+def pool_features(context: Context, pool: list[Samples], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """(k, D) image and text features of at most POOLED pairs, spread over the pool's sources by their sizes."""
     usable = [np.flatnonzero(part.complete()) for part in pool]
     total = sum(map(len, usable))
@@ -271,15 +270,15 @@ def pool_features(
     for samples, numbers in zip(pool, usable, strict=True):
         share = min(len(numbers), math.ceil(POOLED * len(numbers) / max(total, 1)))
         if share:
-            parts.append(pair_features(reference, samples, rng.permutation(numbers)[:share]))
+            parts.append(pair_features(context, samples, rng.permutation(numbers)[:share]))
     return tuple(torch.cat(kind) for kind in zip(*parts, strict=True))
 
 
-def pair_features(reference: Reference, samples: Samples, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
+def pair_features(context: Context, samples: Samples, numbers: np.ndarray) -> tuple[Tensor, Tensor]:
     """(k, D) image and text features of some samples, on the unit sphere; the first caption of each."""
-    images = image_features(reference.clip, samples, numbers, reference.device, lambda n: None)
+    images = image_features(context.clip, samples, numbers, context.device, lambda n: None)
     captions = [samples.caption(int(i), 0.0) for i in numbers]
-    return images, text_features(reference.clip, captions, reference.device)
+    return images, text_features(context.clip, captions, context.device)
 
 
 def loss_among(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], scale: float) -> float:
@@ -291,23 +290,8 @@ def loss_among(own: tuple[Tensor, Tensor], others: tuple[Tensor, Tensor], scale:
     return both.item() / 2
 
 
-def reference_of(data: DataFile, clip: Clip, device: torch.device) -> Reference:
-    """Opens a dataset's pictures when they are first asked for."""
-    clip.model.to(device)
-    size = data.image_size or clip.image_size
-
-    @cache
-    def samples(name: str) -> Samples:
-        return Samples(data.adaptation[name].open("train"), clip, size, name)
-
-    def pool() -> list[Samples]:
-        return [Samples(source, clip, size, f"pretraining[{i}]") for i, source in enumerate(data.pool())]
-
-    return Reference(clip, samples, pool)
-
-
-ORDERS: dict[str, Callable[[list[Concept], Known], list[Concept]]] = {
-    "random": lambda concepts, known: concepts,  # they are shuffled already
+ORDERS: dict[str, Callable[[list[Concept], Context], list[Concept]]] = {
+    "random": lambda concepts, context: concepts,  # they are shuffled already
     "frequency": by_frequency,
     "performance": by_performance,
     "similarity": by_similarity,

@@ -12,7 +12,7 @@ from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile
 from fomo.datasets.eval_sets import TestSet, open_tests, subset
 from fomo.datasets.mixture import Batches, Pool, pool_of, reservoir, sub_batches
-from fomo.datasets.orders import Known, Reference, make_stream
+from fomo.datasets.orders import Context, make_stream
 from fomo.datasets.samples import Collection, Samples, by_label
 from fomo.datasets.stream import Concept
 from fomo.errors import UserError
@@ -74,8 +74,7 @@ def open_pools(recipe: Recipe, clip: Clip, record: dict | None = None) -> Pools:
         print(f"{data.path}: no pretraining pool; its share goes to the other pools", file=sys.stderr)
     if record is None:
         seed = recipe.seed if recipe.stream.seed is None else recipe.stream.seed
-        reference = Reference(clip, parts.__getitem__, lambda: pool)
-        stream = make_stream(concepts, Known(recipe.stream, seed, data, lambda: reference))
+        stream = make_stream(concepts, Context(recipe.stream, seed, data, lambda: clip, parts, pool))
     else:
         compare_sources(record["sources"], parts, data.path)
         stream = recorded_stream(record["updates"], concepts, data.path)

@@ -151,14 +151,14 @@ def canvas_of(pictures: list[np.ndarray]) -> tuple[Tensor, np.ndarray]:
     """Pictures (h, w, 3) of different shape -> (B, H, W, 3) uint8 and their (B, 2) heights and widths."""
     shapes = np.array([picture.shape[:2] for picture in pictures])
     canvas = np.zeros((len(pictures), *shapes.max(0), 3), dtype=np.uint8)
-    for place, picture in zip(canvas, pictures, strict=True):
-        place[: picture.shape[0], : picture.shape[1]] = picture
+    for row, picture in zip(canvas, pictures, strict=True):
+        row[: picture.shape[0], : picture.shape[1]] = picture
     return torch.from_numpy(canvas), shapes
 
 
 def padded(rows: list[np.ndarray]) -> Tensor:
     """Token ids of different length -> (B, L) int64, zeros after each end."""
     out = np.zeros((len(rows), max(len(row) for row in rows)), dtype=np.int64)
-    for place, row in zip(out, rows, strict=True):
-        place[: len(row)] = row
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row
     return torch.from_numpy(out)

@@ -77,8 +77,8 @@ def plain(name: str) -> str:
 
 def folders_of(data: DataFile) -> dict[str, str]:
     """Dataset of the data file -> its name in stream files."""
-    said = {name: entry.spec.get("dataset") for name, entry in data.adaptation.items()}
-    return {name: find(dataset).folder if dataset else name for name, dataset in said.items()}
+    official = {name: entry.spec.get("dataset") for name, entry in data.adaptation.items()}
+    return {name: find(dataset).folder if dataset else name for name, dataset in official.items()}
 
 
 def read_stream(path: str | Path) -> list[str]:
@@ -115,15 +115,15 @@ def match(path: str | Path, concepts: list[Concept], data: DataFile, partial: bo
     Concepts that the file does not name are not in the stream: they are tested, and never learned.
     """
     folders, rows = folders_of(data), catalogue()
-    known_as = {plain(rows[name].folder): name for name in folders if name in rows}
-    known_as |= {plain(name): name for name in folders} | {plain(f): name for name, f in folders.items()}
+    datasets = {plain(rows[name].folder): name for name in folders if name in rows}
+    datasets |= {plain(name): name for name in folders} | {plain(f): name for name, f in folders.items()}
     waiting: dict[tuple[str, str], deque[Concept]] = defaultdict(deque)  # two classes may share a name
     for concept in concepts:
         waiting[concept.dataset, plain(concept.name)].append(concept)
     found, missing = [], []
     for line in read_stream(path):
         folder, _, name = line.partition(SEPARATOR)
-        queue = waiting.get((known_as.get(plain(folder), ""), plain(name)))
+        queue = waiting.get((datasets.get(plain(folder), ""), plain(name)))
         if queue:
             found.append(queue.popleft())
         else:
@@ -131,17 +131,15 @@ def match(path: str | Path, concepts: list[Concept], data: DataFile, partial: bo
     extra = lines_of([concept for queue in waiting.values() for concept in queue], data)
     if missing and not (partial and found):
         hint = "; stream.partial: true takes the rest" if found else ""
-        raise UserError(f"{path}: {told(missing, 'not in the data')}{hint}")
-    for lines, what in (
-        (missing, "not in the data, left out"),
-        (extra, "of the data not in the stream, never learned"),
-    ):
+        raise UserError(f"{path}: {counted(missing, 'not in the data')}{hint}")
+    notes = ((missing, "not in the data, left out"), (extra, "of the data not in the stream, never learned"))
+    for lines, what in notes:
         if lines:
-            print(f"{path}: {told(lines, what)}", file=sys.stderr)
+            print(f"{path}: {counted(lines, what)}", file=sys.stderr)
     return found
 
 
-def told(lines: list[str], what: str) -> str:
+def counted(lines: list[str], what: str) -> str:
     """How many, of which sets, and by name while they are few."""
     count = f"{len(lines):,} concept{'s' * (len(lines) != 1)} {what}: "
     if len(lines) <= NAMED:

@@ -13,7 +13,7 @@ import torch
 from fomo.budget.mafs import planned_steps, work_of
 from fomo.clip import Clip
 from fomo.datasets import datafile
-from fomo.datasets.orders import Known, make_stream, reference_of
+from fomo.datasets.orders import Context, make_stream
 from fomo.datasets.stream import Concept, composition, concepts_of, lines_of, summary, write_stream
 from fomo.errors import UserError
 from fomo.load_recipe import load
@@ -57,7 +57,13 @@ def preview_stream(
     if how.per_dataset:
         how = replace(how, updates=len({c.dataset for c in concepts}))
     seed = recipe.seed if how.seed is None else how.seed
-    stream = make_stream(concepts, Known(how, seed, data, lambda: reference_of(data, model(), device)))
+
+    def on_device() -> Clip:
+        clip = model()
+        clip.model.to(device)
+        return clip
+
+    stream = make_stream(concepts, Context(how, seed, data, on_device))
     if out:
         write_stream(out, lines_of([c for chunk in stream for c in chunk], data))
     if picture:

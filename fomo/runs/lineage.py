@@ -27,7 +27,7 @@ from fomo.atomic import staged_folder, write_atomically
 from fomo.clip import load as load_model
 from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile, Entry
-from fomo.datasets.infer import as_data_file, fitted, is_data_file
+from fomo.datasets.infer import as_data_file, is_data_file, recipe_for
 from fomo.datasets.stream import concepts_of
 from fomo.errors import UserError
 from fomo.load_recipe import load
@@ -97,7 +97,7 @@ def start_run(
     file = place / "data.yaml"
     if not (resume and file.exists()):  # else it may have been edited
         as_data_file(data, place)
-    return load(recipe_path, data=str(file), fitted=fitted(file), **options), folder
+    return load(recipe_path, data=str(file), fitted=recipe_for(file), **options), folder
 
 
 def default_folder(recipe_path: str | Path, recipe: Recipe, data: str | None) -> Path:

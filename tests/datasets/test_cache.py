@@ -14,10 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
 
-from fomo.datasets.cache import Decoded, Pixels, open_pixels, opened, shrink
+from fomo.datasets.cache import Decoded, Pixels, open_pixels, shrink
 from fomo.datasets.crops import central_crops, crop, random_crops
-from fomo.datasets.sources.base import Source
-from fomo.errors import UserError
+from tests.datasets.inputs import Drawn, encoded, noise, one_line
 
 ROOT = Path(__file__).parents[2]
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}
@@ -29,28 +28,16 @@ QUARTERS = (
 )  # of a picture, row by row: tells every orientation from the others
 
 
-class Pictures(Source):
-    """Coloured squares; those in `broken` cannot be read, and number `stop` stops the build."""
+def squares(count: int, name: str = "squares", **fields) -> Drawn:
+    """Coloured pictures; `read` has the numbers of those that were asked for."""
 
-    def __init__(
-        self, count: int, name: str = "squares", broken: tuple = (), stop: BaseException | None = None
-    ):
-        self.labels = np.zeros(count, np.int64)
-        self.name, self.broken, self.stop, self.read = name, broken, stop, []
-
-    def image(self, index: int) -> Image.Image:
-        self.read.append(index)
-        if self.stop and index == 2:
-            raise self.stop
-        if index in self.broken:
-            return Image.open(io.BytesIO(encoded(quarters(), "JPEG")[:300]))
+    def image(index: int) -> Image.Image:
+        source.read.append(index)
         return Image.new("RGB", (12 + index % 3, 10), (index, 0, 255 - index))
 
-    def name_of(self, index: int) -> str:
-        return f"{self.name} number {index}"
-
-    def key(self) -> str:
-        return f"{self.name} {len(self)}"
+    source = Drawn(name, [0] * count, image, **fields)
+    source.read = []
+    return source
 
 
 @pytest.fixture(autouse=True)
@@ -64,12 +51,6 @@ def quarters(width: int = 60, height: int = 40) -> Image.Image:
     for i, colour in enumerate(QUARTERS):
         image.paste(colour, (i % 2 * width // 2, i // 2 * height // 2, width, height))
     return image
-
-
-def encoded(image: Image.Image, form: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
 
 
 def reread(image: Image.Image, form: str, **options) -> Image.Image:
@@ -133,12 +114,8 @@ def test_sixteen_bit_pictures_keep_their_range_of_grays():
     pixels = shrink(stored, 40).astype(int)
     assert (pixels[..., 0] == pixels[..., 2]).all()
     assert np.abs(pixels[..., 0] - ramp / 257).max() <= 1
-
-
-def test_small_numbers_in_a_wide_type_are_grays_already():
-    values = np.arange(100, 196, dtype=np.int32).reshape(8, 12)
-    pixels = shrink(Image.fromarray(values), 8)
-    np.testing.assert_array_equal(pixels[..., 1], values)
+    small = np.arange(100, 196, dtype=np.int32).reshape(8, 12)  # grays already, in a wide type
+    np.testing.assert_array_equal(shrink(Image.fromarray(small), 8)[..., 1], small)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -218,35 +195,25 @@ def test_the_test_crop_is_the_papers_resize_and_central_crop(shape):
     np.testing.assert_array_equal(pixels[top : top + h, left : left + w], np.asarray(theirs))
 
 
-def test_pictures_come_back_by_number_at_their_own_shapes():
-    pixels = open_pixels(Pictures(7), 8, "squares")
-    for index in range(7):
-        np.testing.assert_array_equal(pixels[index], shrink(Pictures(7).image(index), 8))
-    assert pixels.shapes.all()
-
-
-def test_a_cache_is_built_once_and_used_again():
-    first, second = Pictures(5), Pictures(5)
-    built = open_pixels(first, 8, "squares")
-    again = open_pixels(second, 8, "squares")
-    assert (first.read, second.read) == ([0, 1, 2, 3, 4], [])
-    np.testing.assert_array_equal(built[4], again[4])
-
-
-def test_other_sources_and_sizes_have_caches_of_their_own(cache):
-    open_pixels(Pictures(5), 8, "squares")
-    other, larger = Pictures(5, "others"), Pictures(5)
-    assert open_pixels(other, 8, "squares").folder != open_pixels(larger, 16, "squares").folder
-    assert len(other.read) == len(larger.read) == 5
+def test_a_cache_is_built_once_for_each_source_and_size_and_used_again(cache):
+    first, second, larger, other = squares(5), squares(5), squares(5), squares(5, "others")
+    for source, size in ((first, 8), (second, 8), (larger, 16), (other, 8)):
+        pixels = open_pixels(source, size, "squares")
+        for index in range(5):
+            np.testing.assert_array_equal(pixels[index], shrink(squares(5).image(index), size))
+    assert [len(source.read) for source in (first, second, larger, other)] == [5, 0, 5, 5]
     assert len(list((cache / "pixels").iterdir())) == 3
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), MemoryError(), RuntimeError()])
 def test_an_interrupted_build_leaves_nothing_behind(stop, cache):
+    def interrupt(index: int):
+        raise stop
+
     with pytest.raises(type(stop)):
-        open_pixels(Pictures(5, stop=stop), 8, "squares")
+        open_pixels(Drawn("squares", [0] * 5, interrupt), 8, "squares")
     assert list((cache / "pixels").iterdir()) == []
-    whole = open_pixels(Pictures(5), 8, "squares")
+    whole = open_pixels(squares(5), 8, "squares")
     assert len(whole.shapes) == 5 and whole.shapes.all()
 
 
@@ -260,64 +227,49 @@ def test_a_build_that_was_killed_is_not_taken_for_whole(cache):
         "    def image(self, index):\n"
         "        return Image.new('RGB', (10, 10)) if index < 3 else os.kill(os.getpid(), 9)\n"
         "    def key(self):\n"
-        f"        return {Pictures(5).key()!r}\n"
+        f"        return {squares(5).key()!r}\n"
         "open_pixels(Killed(), 8, 'squares')\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
     assert killed.returncode == -9, killed.stderr.decode()
     assert [path.suffix for path in (cache / "pixels").iterdir()] == [".part"]  # what it had begun
-    open_pixels(Pictures(3, "others"), 8, "others")
+    open_pixels(squares(3, "others"), 8, "others")
     assert [path.suffix for path in (cache / "pixels").iterdir()] == [""]  # whoever builds next tidies up
-    source = Pictures(5)
+    source = squares(5)
     whole = open_pixels(source, 8, "squares")
     assert source.read == [0, 1, 2, 3, 4]
     assert len(whole.shapes) == 5 and whole.shapes.all()
 
 
 def test_a_few_broken_pictures_are_named_and_skipped_in_every_run(capsys):
-    for source in (Pictures(200, broken=(7, 30)), Pictures(200, broken=(7, 30))):
+    for source in (squares(200, broken=(7, 30)), squares(200, broken=(7, 30))):
         pixels = open_pixels(source, 8, "squares (test)")
         assert np.flatnonzero(pixels.shapes[:, 0] == 0).tolist() == [7, 30]
         np.testing.assert_array_equal(pixels[31], shrink(source.image(31), 8))  # the others keep their places
         out, err = capsys.readouterr()
         assert out == ""  # which belongs to --json
-        assert "squares (test): 2 of 200 pictures cannot be read, first: squares number 7" in err
+        assert "squares (test): 2 of 200 pictures cannot be read, first: squares 7" in err
 
 
 def test_more_broken_pictures_than_the_limit_are_an_error_and_no_cache_is_left(cache):
-    with pytest.raises(
-        UserError, match=r"squares: 3 of 200 pictures .* first: squares number 7: .*limit of 1%"
-    ):
-        open_pixels(Pictures(200, broken=(7, 30, 199)), 8, "squares")
+    message = one_line(open_pixels, squares(200, broken=(7, 30, 199)), 8, "squares")
+    assert "squares: 3 of 200 pictures" in message
+    assert "first: squares 7: " in message and "limit of 1%" in message
     assert list((cache / "pixels").iterdir()) == []
 
 
-class Noise(Source):
-    """Many pictures of several shapes; those in `broken` cannot be read."""
-
-    def __init__(self, count: int, broken: tuple = ()):
-        self.labels, self.broken = np.zeros(count, np.int64), broken
-
-    def image(self, index: int) -> Image.Image:
-        if index in self.broken:
-            raise OSError("truncated")
-        shape = (9 + index % 3, 9 + index % 5, 3)
-        return Image.fromarray(np.random.default_rng(index).integers(0, 256, shape, dtype=np.uint8))
-
-    def name_of(self, index: int) -> str:
-        return f"noise {index}"
-
-    def key(self) -> str:
-        return f"noise {len(self)} {self.broken}"
+def shapes(count: int, broken: tuple = (), **fields) -> Drawn:
+    """Noise of several shapes."""
+    return Drawn("noise", [0] * count, lambda i: noise(i, 9 + i % 5, 9 + i % 3), broken=broken, **fields)
 
 
 def test_processes_write_the_same_bytes_as_one(monkeypatch):
-    source = Noise(700, broken=(300, 699))
+    source = shapes(700, broken=(300, 699))
     alone = open_pixels(source, 8, "noise")
     written = {file.name: file.read_bytes() for file in alone.folder.iterdir()}
-    monkeypatch.setattr("fomo.datasets.cache.PARALLEL", 1)
-    monkeypatch.setattr("fomo.datasets.cache.cores", lambda: 2)
+    monkeypatch.setattr("fomo.datasets.arrays.PARALLEL", 1)
+    monkeypatch.setattr("fomo.datasets.arrays.cores", lambda: 2)
     os.rename(alone.folder, alone.folder.with_name("elsewhere"))
     state = torch.get_rng_state()
     together = open_pixels(source, 8, "noise")
@@ -326,7 +278,7 @@ def test_processes_write_the_same_bytes_as_one(monkeypatch):
 
 
 def test_pictures_decoded_when_drawn_are_those_of_the_cache(capsys):
-    source = Noise(200, broken=(7, 30))
+    source = shapes(200, broken=(7, 30))
     cached = open_pixels(source, 8, "noise")
     source.cache = "never"
     capsys.readouterr()
@@ -342,65 +294,57 @@ def test_pictures_decoded_when_drawn_are_those_of_the_cache(capsys):
 
 
 def test_too_many_broken_pictures_are_an_error_without_a_cache_too():
-    source = Noise(1000, broken=tuple(range(0, 1000, 20)))
-    source.cache = "never"
-    pixels = open_pixels(source, 8, "noise")
-    with pytest.raises(UserError, match=r"noise: \d+ pictures cannot be read .*limit of 1%"):
-        for index in range(1000):
-            assert pixels[index] is not None
-    with pytest.raises(UserError, match="limit of 1%"):
-        assert pixels.shapes is not None
+    pixels = open_pixels(shapes(1000, broken=tuple(range(0, 1000, 20)), cache="never"), 8, "noise")
+    message = one_line(lambda: [pixels[index] for index in range(1000)])
+    assert "pictures cannot be read among" in message and "limit of 1%" in message
+    assert "limit of 1%" in one_line(lambda: pixels.shapes)
 
 
 def test_auto_caches_up_to_its_limit_and_always_beyond(cache, monkeypatch, capsys):
     monkeypatch.setattr("fomo.datasets.cache.AUTO_LIMIT", 8 * 8 * 3 * 100)
-    assert isinstance(open_pixels(Pictures(50), 8, "small"), Pixels)
-    assert isinstance(open_pixels(Pictures(60, "others"), 8, "others"), Decoded)
+    assert isinstance(open_pixels(squares(50), 8, "small"), Pixels)
+    assert isinstance(open_pixels(squares(60, "others"), 8, "others"), Decoded)
     assert "others: with its 0.0 GB the pixel caches would pass" in capsys.readouterr().err
-    source = Pictures(60, "others")
+    source = squares(60, "others")
     source.cache = "always"
     assert isinstance(open_pixels(source, 8, "others"), Pixels)
-    assert isinstance(open_pixels(Pictures(60, "others"), 8, "others"), Pixels)  # what is there is used
+    assert isinstance(open_pixels(squares(60, "others"), 8, "others"), Pixels)  # what is there is used
 
 
-@pytest.mark.parametrize("name", ["pixels.bin", "shapes.bin", "meta.json"])
-@pytest.mark.parametrize("damage", ["altered", "cut", "gone"])
-def test_an_altered_cache_is_noticed_and_made_again(name, damage, capsys):
-    pixels = open_pixels(Pictures(5), 8, "squares")
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (name, damage)
+        for name in ("pixels.bin", "shapes.bin", "meta.json")
+        for damage in ("cut", "gone", "other")
+    ],
+)
+def test_a_cache_that_is_not_as_it_was_written_is_noticed_and_made_again(name, damage, capsys):
+    pixels = open_pixels(squares(5), 8, "squares")
     file, expected = pixels.folder / name, pixels[3].copy()
     whole = file.read_bytes()
     if damage == "gone":
         file.unlink()
-    else:
-        file.write_bytes(whole[:-1] if damage == "cut" else bytes([whole[0] ^ 1]) + whole[1:])
+    else:  # or that of another source
+        other = open_pixels(squares(6, "others"), 8, "others").folder / name
+        file.write_bytes(whole[:-1] if damage == "cut" else other.read_bytes())
     capsys.readouterr()
-    again = open_pixels(Pictures(5), 8, "squares")
-    assert "squares: its cache" in (err := capsys.readouterr().err) and "altered" in err
+    again = open_pixels(squares(5), 8, "squares")
+    assert f"squares: its cache {pixels.folder}" in capsys.readouterr().err
     np.testing.assert_array_equal(again[3], expected)
     assert file.read_bytes() == whole
-
-
-def test_large_caches_are_compared_whole_only_when_asked(monkeypatch):
-    pixels = open_pixels(Noise(300), 8, "noise")
-    monkeypatch.setattr("fomo.datasets.cache.WHOLE", 0)
-    file = pixels.folder / "pixels.bin"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    assert opened(pixels.folder) is not None
-    assert opened(pixels.folder, whole=True) is None
 
 
 def test_a_cache_that_cannot_be_written_is_one_clear_mistake(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FOMO_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"file: the cache cannot be written: .*; set FOMO_CACHE"):
-        open_pixels(Pictures(5), 8, "squares")
+    message = one_line(open_pixels, squares(5), 8, "squares")
+    assert "file: the cache cannot be written: " in message and "set FOMO_CACHE" in message
 
 
 def test_two_builders_of_one_cache_take_turns(cache):
     """Two threads here; the lock is on an open file, so it keeps processes apart as well."""
-    sources = [Pictures(400), Pictures(400)]
+    sources = [squares(400), squares(400)]
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(lambda source: open_pixels(source, 8, "squares"), sources))
     assert sorted(len(source.read) for source in sources) == [0, 400]

@@ -1,16 +1,14 @@
 """Data files: every mistake is one line that names the file and the field, paths are relative to the file."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import pytest
 import torchvision.datasets
 import yaml
-from PIL import Image
 
 from fomo.datasets.datafile import read
-from fomo.errors import UserError
+from tests.datasets.inputs import draw, one_line, samples
+from tests.datasets.inputs import shard as write_shard
 
 REAL = Path(__file__).parents[1] / "real.yaml"
 
@@ -23,23 +21,9 @@ def data_file(folder: Path, content: dict | str) -> Path:
 
 def shard(folder: Path, name: str, count: int = 1) -> None:
     """Roses and tulips in turn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = io.BytesIO()
-    Image.new("RGB", (8, 6)).save(picture, "PNG")
-    with tarfile.open(folder / name, "w") as tar:
-        for i in range(count):
-            texts = {"cls": str(i % 2).encode(), "txt": (b"rose", b"tulip")[i % 2]}
-            for suffix, data in {"png": picture.getvalue(), **texts}.items():
-                member = tarfile.TarInfo(f"{i}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
-
-def mistake(call) -> str:
-    with pytest.raises(UserError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    write_shard(
+        folder / name, samples(count, cls=lambda n: str(n % 2), txt=lambda n: ("rose", "tulip")[n % 2])
+    )
 
 
 def open_everything(path: Path) -> None:
@@ -53,63 +37,65 @@ def open_everything(path: Path) -> None:
 FLOWERS = {"source": "webdataset", "train": "train.tar", "test": "test.tar"}
 
 
+def learn(fields: dict) -> dict:
+    """A data file with one set to learn: the flowers with these fields too."""
+    return {"adaptation": {"x": FLOWERS | fields}}
+
+
+def keep(**fields) -> dict:
+    return {"evaluation": {"x": fields}}
+
+
+def pool(**fields) -> dict:
+    return {"pretraining": [fields]}
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
         ({"adaption": {}}, ["adaption", "did you mean adaptation", "evaluation"]),
-        (
-            {"adaptation": {"x": FLOWERS | {"source": "webdatset"}}},
-            ["adaptation.x.source", "mean webdataset"],
-        ),
+        (learn({"source": "webdatset"}), ["adaptation.x.source", "mean webdataset"]),
         ({"adaptation": {"x": {"train": "train.tar"}}}, ["adaptation.x", "source"]),
         ({"adaptation": {"x": "train.tar"}}, ["adaptation.x", "train.tar"]),
-        ({"adaptation": ["train.tar"]}, ["adaptation", "list"]),
-        ({"evaluation": "test.tar"}, ["evaluation", "str"]),
-        ({"pretraining": {"source": "world"}}, ["pretraining", "list", "dict"]),
-        ({"pretraining": [{"source": "wrld"}]}, ["pretraining[0].source", "wrld", "mean world"]),
+        ({"adaptation": ["train.tar"]}, ["adaptation", "named fields", "train.tar"]),
+        ({"evaluation": "test.tar"}, ["evaluation", "named fields", "test.tar"]),
+        ({"pretraining": {"source": "world"}}, ["pretraining", "list", "world"]),
+        (pool(source="wrld"), ["pretraining[0].source", "wrld", "mean world"]),
         ({"image_size": "64px"}, ["image_size", "64px"]),
         ({"image_size": True}, ["image_size", "True"]),
         ({"image_size": 0}, ["image_size", "0"]),
-        ({"adaptation": {"x": FLOWERS | {"prompt": "a photo"}}}, ["adaptation.x.prompt", "a photo", "{}"]),
-        ({"adaptation": {"x": FLOWERS | {"prompt": ["a {}", "b"]}}}, ["adaptation.x.prompt", "'b'"]),
-        ({"adaptation": {"x": FLOWERS | {"prompt": 5}}}, ["adaptation.x.prompt", "5"]),
-        ({"adaptation": {"x": FLOWERS | {"prompt": ["a {}", 5]}}}, ["adaptation.x.prompt", "5"]),
+        (learn({"prompt": "a photo"}), ["adaptation.x.prompt", "a photo", "{}"]),
+        (learn({"prompt": ["a {}", "b"]}), ["adaptation.x.prompt", "'b'"]),
+        (learn({"prompt": 5}), ["adaptation.x.prompt", "5"]),
+        (learn({"prompt": ["a {}", 5]}), ["adaptation.x.prompt", "5"]),
         ({"evaluation": {"x": FLOWERS | {"task": "retrival"}}}, ["evaluation.x.task", "mean retrieval"]),
-        ({"adaptation": {"x": FLOWERS | {"promt": "a {}"}}}, ["adaptation.x.promt", "mean prompt"]),
-        ({"evaluation": {"x": {"source": "webdataset", "tset": "test.tar"}}}, ["x.tset", "mean test"]),
-        (
-            {"pretraining": [{"source": "world", "domains": "base"}]},
-            ["pretraining[0].domains", "mean domain"],
-        ),
-        (
-            {"evaluation": {"x": {"source": "webdataset", "train": "train.tar"}}},
-            ["evaluation.x.test", "missing"],
-        ),
+        (learn({"promt": "a {}"}), ["adaptation.x.promt", "mean prompt"]),
+        (learn({"year": "last"}), ["adaptation.x.year", "whole number", "last"]),
+        (learn({"holdout": 0.5}), ["adaptation.x.holdout", "test is given too"]),
+        ({"adaptation": {"x": {"source": "folder", "train": "a", "holdout": 0}}}, ["x.holdout", "0 and 1"]),
+        ({"adaptation": {"x": {"source": "folder", "train": "a", "holdout": 1.5}}}, ["x.holdout", "0 and 1"]),
+        ({"adaptation": {"x": {"source": "folder", "train": "a", "holdout": "a"}}}, ["x.holdout", "number"]),
+        ({"adaptation": {"x": {"source": "folder", "holdout": 0.1}}}, ["adaptation.x.train", "missing"]),
+        ({"evaluation": {"x": FLOWERS | {"holdout": 0.1}}}, ["evaluation.x.holdout", "unknown field"]),
+        (keep(source="webdataset", tset="test.tar"), ["x.tset", "mean test"]),
+        (pool(source="world", domains="base"), ["pretraining[0].domains", "mean domain"]),
+        (keep(source="webdataset", train="train.tar"), ["evaluation.x.test", "missing"]),
         ({"adaptation": {"x": {"source": "webdataset"}}}, ["adaptation.x.train or test", "missing"]),
-        ({"pretraining": [{"source": "webdataset"}]}, ["pretraining[0].path", "missing"]),
+        (pool(source="webdataset"), ["pretraining[0].path", "missing"]),
         ({"cache": "sometimes"}, ["cache", "sometimes", "auto, always, never"]),
         (
             {"adaptation": {"x": {"source": "webdataset", "path": "a.tar"}}},
             ["adaptation.x.path", "learnt and tested on", "train and test"],
         ),
-        ({"adaptation": {"x": FLOWERS | {"path": "a.tar"}}}, ["adaptation.x.path", "train and test"]),
+        (learn({"path": "a.tar"}), ["adaptation.x.path", "train and test"]),
         (
             {"adaptation": {"x": {"source": "world", "domain": "digits", "train": 4, "split": "train"}}},
             ["adaptation.x.split", "train and test"],
         ),
-        ({"adaptation": {"x": FLOWERS | {"weight": 2}}}, ["adaptation.x.weight", "unknown field"]),
-        (
-            {"pretraining": [{"source": "webdataset", "path": "a.tar", "weight": 0}]},
-            ["pretraining[0].weight", "positive"],
-        ),
-        (
-            {"pretraining": [{"source": "webdataset", "path": "a.tar", "limit": "many"}]},
-            ["pretraining[0].limit", "whole number"],
-        ),
-        (
-            {"pretraining": [{"source": "webdataset", "path": "a.tar", "limit": 0}]},
-            ["pretraining[0].limit", "at least 1"],
-        ),
+        (learn({"weight": 2}), ["adaptation.x.weight", "unknown field"]),
+        (pool(source="webdataset", path="a.tar", weight=0), ["pretraining[0].weight", "0", "more than 0"]),
+        (pool(source="webdataset", path="a.tar", limit="many"), ["pretraining[0].limit", "whole number"]),
+        (pool(source="webdataset", path="a.tar", limit=0), ["pretraining[0].limit", "at least 1"]),
         (
             {"adaptation": {"x": FLOWERS}, "evaluation": {"x": FLOWERS}},
             ["evaluation.x", "adaptation", "name"],
@@ -118,7 +104,7 @@ FLOWERS = {"source": "webdataset", "train": "train.tar", "test": "test.tar"}
 )
 def test_mistakes_are_found_when_the_file_is_read(tmp_path, content, expected):
     path = data_file(tmp_path, content)
-    message = mistake(lambda: read(path))
+    message = one_line(read, path)
     assert message.startswith(f"{path}: ")
     for part in expected:
         assert part in message
@@ -127,41 +113,32 @@ def test_mistakes_are_found_when_the_file_is_read(tmp_path, content, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ({"adaptation": {"x": FLOWERS | {"train": "gone.tar"}}}, ["adaptation.x", "gone.tar", "no such"]),
-        ({"adaptation": {"x": FLOWERS | {"train": 5}}}, ["adaptation.x.train", "text", "5"]),
-        ({"adaptation": {"x": FLOWERS | {"classes_file": "gone.txt"}}}, ["adaptation.x", "gone.txt"]),
-        ({"pretraining": [{"source": "webdataset", "path": "gone.tar"}]}, ["pretraining[0]", "gone.tar"]),
-        ({"evaluation": {"x": {"source": "world", "test": 4}}}, ["evaluation.x.domain", "missing"]),
-        (
-            {"evaluation": {"x": {"source": "world", "domain": "digit", "test": 4}}},
-            ["evaluation.x", "did you mean digits"],
-        ),
-        (
-            {"evaluation": {"x": {"source": "world", "domain": "digits", "test": "many"}}},
-            ["evaluation.x.test", "whole number", "many"],
-        ),
-        (
-            {"evaluation": {"x": {"source": "torchvision", "name": "Mnist", "root": "."}}},
-            ["evaluation.x", "'Mnist'"],
-        ),
+        (learn({"train": "gone.tar"}), ["adaptation.x", "gone.tar", "no such"]),
+        (learn({"train": 5}), ["adaptation.x.train", "text", "5"]),
+        (learn({"classes_file": "gone.txt"}), ["adaptation.x", "gone.txt"]),
+        (pool(source="webdataset", path="gone.tar"), ["pretraining[0]", "gone.tar"]),
+        (keep(source="world", test=4), ["evaluation.x.domain", "missing"]),
+        (keep(source="world", domain="digit", test=4), ["evaluation.x.domain", "did you mean digits"]),
+        (keep(source="world", domain="digits", test="many"), ["evaluation.x.test", "whole number", "many"]),
+        (keep(source="torchvision", name="Mnist", root="."), ["evaluation.x", "'Mnist'"]),
     ],
 )
 def test_mistakes_in_what_a_source_is_told_are_found_when_it_is_opened(tmp_path, content, expected):
     shard(tmp_path, "train.tar")
     shard(tmp_path, "test.tar")
     path = data_file(tmp_path, content)
-    message = mistake(lambda: open_everything(path))
+    message = one_line(open_everything, path)
     assert message.startswith(f"{path}: ")
     for part in expected:
         assert part in message
 
 
 def test_a_missing_file_and_a_file_that_is_no_yaml_are_one_line(tmp_path):
-    assert "no such file" in mistake(lambda: read(tmp_path / "none.yaml"))
+    assert "no such file" in one_line(read, tmp_path / "none.yaml")
     path = data_file(tmp_path, "adaptation: {x: [")
-    assert mistake(lambda: read(path)).startswith(f"{path}: not valid YAML")
+    assert one_line(read, path).startswith(f"{path}: not valid YAML")
     path = data_file(tmp_path, "- a list")
-    assert str(path) in mistake(lambda: read(path))
+    assert str(path) in one_line(read, path)
 
 
 @pytest.mark.parametrize("written", ["${NO_SUCH_FOLDER}/train.tar", "$NO_SUCH_FOLDER/train.tar"])
@@ -169,7 +146,7 @@ def test_an_unset_variable_is_named_and_a_set_one_expands(tmp_path, monkeypatch,
     shard(tmp_path / "there", "train.tar", 3)
     path = data_file(tmp_path, {"adaptation": {"x": {"source": "webdataset", "train": written}}})
     monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
-    message = mistake(lambda: open_everything(path))
+    message = one_line(open_everything, path)
     assert (
         message.startswith(f"{path}: adaptation.x: ") and "NO_SUCH_FOLDER" in message and "not set" in message
     )
@@ -203,27 +180,6 @@ def test_the_root_of_a_torchvision_set_is_relative_to_the_data_file(tmp_path, mo
     entry = read(data_file(tmp_path, {"evaluation": {"x": fields}})).evaluation["x"]
     assert entry.open("test").dataset.root == str(tmp_path / "sets")
     assert (entry.open("train").dataset.train, entry.open("test").dataset.train) == (True, False)
-
-
-def test_splits_are_opened_by_name_and_absent_ones_are_none(tmp_path):
-    shard(tmp_path, "a.tar", 4)
-    shard(tmp_path, "b.tar", 3)
-    data = read(
-        data_file(
-            tmp_path,
-            {
-                "pretraining": [{"source": "webdataset", "path": "a.tar"}],
-                "adaptation": {"x": FLOWERS | {"train": "a.tar", "test": "b.tar"}},
-                "evaluation": {"y": {"source": "webdataset", "test": "b.tar", "task": "retrieval"}},
-            },
-        )
-    )
-    assert [len(source) for source in data.pool()] == [4]
-    x, y = data.adaptation["x"], data.evaluation["y"]
-    assert (len(x.open("train")), len(x.open("test"))) == (4, 3)
-    assert y.open("train") is None and len(y.open("test")) == 3
-    assert (x.role, x.task, y.role, y.task) == ("adaptation", "classification", "evaluation", "retrieval")
-    assert data.image_size is None
 
 
 def test_train_and_test_of_the_world_are_numbers_of_pictures(tmp_path):
@@ -309,8 +265,7 @@ def test_pools_have_weights_and_limits_and_the_files_cache(tmp_path):
 def test_train_and_test_agree_on_their_classes(tmp_path):
     for split, names in (("train", ("ant", "cat", "dog")), ("test", ("dog", "eel"))):
         for name in names:
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.new("RGB", (8, 6)).save(tmp_path / split / name / "1.png")
+            draw(tmp_path / split / name / "1.png")
     fields = {"source": "folder", "train": "train", "test": "test"}
     entry = read(data_file(tmp_path, {"adaptation": {"x": fields}})).adaptation["x"]
     train, test = entry.open("train"), entry.open("test")
@@ -319,9 +274,8 @@ def test_train_and_test_agree_on_their_classes(tmp_path):
 
 
 def test_what_a_source_leaves_out_is_said_once(tmp_path, capsys):
-    (tmp_path / "in" / "cat").mkdir(parents=True)
     for name in ("cat/1.png", "stray.png"):
-        Image.new("RGB", (8, 6)).save(tmp_path / "in" / name)
+        draw(tmp_path / "in" / name)
     path = data_file(tmp_path, {"evaluation": {"x": {"source": "folder", "test": "in"}}})
     for _ in range(2):
         read(path).evaluation["x"].open("test")

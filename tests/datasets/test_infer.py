@@ -1,9 +1,6 @@
 """Own data in one line: what is found in a folder, what is held out for testing, and what is refused."""
 
-import csv
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,41 +13,28 @@ from fomo.datasets.infer import as_data_file, infer, write_inferred
 from fomo.errors import UserError
 from fomo.load_recipe import load
 from fomo.update import run_recipe
-
-
-def draw(path: Path, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+from tests.datasets.inputs import PNG, draw, noise, one_line, packed, samples, write
+from tests.datasets.inputs import shard as write_shard
+from tests.datasets.inputs import table as write_table
 
 
 def class_folders(root: Path, classes: int, each: int, first: int = 0) -> Path:
     for c in range(classes):
         for n in range(first, first + each):
-            draw(root / f"kind_{c}" / f"{n}.png", 1000 * c + n)
+            draw(root / f"kind_{c}" / f"{n}.png", noise(1000 * c + n, 24, 24))
     return root
 
 
 def shard(path: Path, count: int, **texts) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for i in range(count):
-            picture = io.BytesIO()
-            Image.new("RGB", (8, 6), (i, i, i)).save(picture, "PNG")
-            members = {"png": picture.getvalue()} | {s: text(i).encode() for s, text in texts.items()}
-            for suffix, content in members.items():
-                info = tarfile.TarInfo(f"{path.stem}{i}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return path
+    members = samples(count, **texts)
+    return Path(write_shard(path, {f"{path.stem}{name}": content for name, content in members.items()}))
 
 
 def table(path: Path, rows: list[list[str]], separator: str = ",") -> Path:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter=separator).writerows(rows)
+    """With a picture for each row."""
     for row in rows[1:]:
         draw(path.parent / row[0])
-    return path
+    return write_table(path, rows, separator)
 
 
 def label(i: int) -> str:
@@ -126,12 +110,6 @@ def test_of_test_and_val_the_test_split_is_used_and_the_other_is_named(tmp_path,
     assert f"{tmp_path}: val is left out, the test split is test" in capsys.readouterr().err
 
 
-def test_a_train_folder_alone_is_divided(tmp_path):
-    class_folders(tmp_path / "train", 2, 20)
-    entry, train, test = opened(tmp_path, tmp_path / "run")
-    assert entry.spec["train"] == str(tmp_path / "train") and len(train) + len(test) == 40
-
-
 def test_a_class_may_be_called_test(tmp_path):
     for name in ("test", "practice"):
         for n in range(4):
@@ -169,7 +147,6 @@ def test_pictures_with_texts_are_a_caption_set_and_captions_that_say_nothing_are
 def test_tables_are_known_by_their_columns(tmp_path, columns, fields, suffix):
     rows = [[f"pics/{i}.png", f"text {i}", "ab"[i % 2]][: len(columns)] for i in range(30)]
     folder = tmp_path / "shop"
-    folder.mkdir()
     path = table(folder / f"all.{suffix}", [list(columns), *rows], {"csv": ",", "tsv": "\t"}[suffix])
     for given, name in ((folder, "shop"), (path, "all")):
         spec = infer(given)["adaptation"][name]
@@ -185,7 +162,6 @@ def test_tables_are_known_by_their_columns(tmp_path, columns, fields, suffix):
 def test_tables_and_shards_named_test_or_val_are_the_test_split(tmp_path, train, test):
     rows = [["filepath", "title"], *([f"{i}.png", "a"] for i in range(3))]
     for name in (train, test, "other_test"):
-        (tmp_path / "tables").mkdir(exist_ok=True)
         table(tmp_path / "tables" / f"{name}.csv", rows)
         shard(tmp_path / "shards" / f"{name}.tar", 3, txt=label)
     for path in (tmp_path / "tables" / f"{train}.csv", tmp_path / "shards" / f"{train}.tar"):
@@ -207,90 +183,37 @@ def test_a_folder_of_shards_is_all_of_them_with_names_by_label_or_captions(tmp_p
     assert entry.task == "retrieval" and len(train) + len(test) == 40
 
 
-def loose(root):
-    draw(root / "1.png")
-
-
-def broken_table(root):
-    (root / "a.csv").write_text("name,price\nx,1\n")
-
-
-def unreadable_table(root):
-    (root / "a.csv").write_bytes(b"filepath,\xff\xfe\n")
-
-
-def both(root):
-    shard(root / "a.tar", 2, txt=label)
-    class_folders(root, 2, 2)
-
-
-def two_tables(root):
-    for name in "ab":
-        table(root / f"{name}.csv", [["filepath", "title"], ["1.png", "x"]])
-
-
-def two_kinds_of_table(root):
-    for name in ("a.csv", "a.tsv"):
-        (root / name).write_text("filepath,title\n1.png,a\n".replace(",", "\t" if name[-3] == "t" else ","))
-
-
-def mixed_splits(root):
-    class_folders(root / "train", 2, 2)
-    shard(root / "test" / "0.tar", 2, txt=label)
-
-
-def only_tests(root):
-    shard(root / "test.tar", 2, txt=label)
-
-
-def no_train(root):
-    class_folders(root / "test", 2, 2)
-    class_folders(root, 2, 2)
-
-
-def stray(root):
-    class_folders(root / "train", 2, 2)
-    class_folders(root / "more", 2, 2)
-
-
-def nothing_to_test(root):
-    class_folders(root, 3, 1)
-
-
-def bare_shard(root):
-    shard(root / "a.tar", 2)
-
-
-def empty(root):
-    (root / "cat").mkdir()
-
-
+CLASSES = {f"{name}/{n}.png": PNG for name in "ab" for n in range(2)}
+ROWS, SHARD = "filepath,title\n1.png,a\n", packed(samples(2, txt=label))
 MISTAKES = [
-    (empty, "nothing to learn from in it, accepted: class folders"),
-    (loose, "neither class folders nor a .txt with a caption beside a picture"),
-    (broken_table, "no column of pictures, it has: name, price; accepted: filepath"),
-    (unreadable_table, "not a readable table"),
-    (both, "more than one kind of data: webdataset (a.tar), folder (photos)"),
-    (two_tables, "more than one table: a.csv, b.csv; name the one"),
-    (two_kinds_of_table, "more than one kind of data: csv (a.csv), tsv (a.tsv)"),
-    (mixed_splits, "its splits hold different kinds of data: folder, webdataset"),
-    (only_tests, "only test files (test.tar)"),
-    (no_train, "test/ holds class folders, but no train/ is beside it"),
-    (stray, "more/ is beside train/"),
-    (nothing_to_test, "no class has two pictures"),
-    (bare_shard, "neither classes nor captions"),
+    ({"cat/notes.md": ""}, "nothing to learn from in it, accepted: class folders"),
+    ({"1.png": PNG}, "neither class folders nor a .txt with a caption beside a picture"),
+    ({"a.csv": "name,price\nx,1\n"}, "no column of pictures, it has: name, price; accepted: filepath"),
+    ({"a.csv": b"filepath,\xff\xfe\n"}, "not a readable table"),
+    ({"a.tar": SHARD, **CLASSES}, "more than one kind of data: webdataset (a.tar), folder (photos)"),
+    ({"a.csv": ROWS, "b.csv": ROWS}, "more than one table: a.csv, b.csv; name the one"),
+    (
+        {"a.csv": ROWS, "a.tsv": ROWS.replace(",", "\t")},
+        "more than one kind of data: csv (a.csv), tsv (a.tsv)",
+    ),
+    (
+        {"train/a/1.png": PNG, "test/0.tar": SHARD},
+        "its splits hold different kinds of data: folder, webdataset",
+    ),
+    ({"test.tar": SHARD}, "only test files (test.tar)"),
+    ({"test/a/1.png": PNG, **CLASSES}, "test/ holds class folders, but no train/ is beside it"),
+    ({"train/a/1.png": PNG, "more/a/1.png": PNG}, "more/ is beside train/"),
+    ({"a/1.png": PNG, "b/1.png": PNG}, "no class has two pictures"),
+    ({"a.tar": packed(samples(2))}, "neither classes nor captions"),
 ]
 
 
-@pytest.mark.parametrize(("make", "expected"), MISTAKES, ids=[make.__name__ for make, _ in MISTAKES])
-def test_what_cannot_be_inferred_is_one_line_and_nothing_is_written(tmp_path, make, expected):
-    root = tmp_path / "photos"
-    root.mkdir()
-    make(root)
-    with pytest.raises(UserError) as caught:
-        as_data_file(root, tmp_path / "run")
-    assert expected in str(caught.value) and str(root) in str(caught.value)
-    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+@pytest.mark.parametrize(("files", "expected"), MISTAKES, ids=[expected for _, expected in MISTAKES])
+def test_what_cannot_be_inferred_is_one_line_and_nothing_is_written(tmp_path, files, expected):
+    root = write(tmp_path / "photos", files)
+    message = one_line(as_data_file, root, tmp_path / "run")
+    assert expected in message and str(root) in message
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -311,32 +234,6 @@ def test_the_file_is_plain_yaml_that_says_where_it_comes_from_and_writing_it_aga
     assert yaml.safe_load(content) == infer(photos)
     assert write_inferred(photos, file).read_bytes() == content
     assert [path.name for path in file.parent.iterdir()] == ["data.yaml"]
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"holdout": 0}, "adaptation.x.holdout: a share between 0 and 1, got 0"),
-        ({"holdout": 1.5}, "adaptation.x.holdout: a share between 0 and 1, got 1.5"),
-        ({"holdout": "some"}, "adaptation.x.holdout: expected a number, got 'some'"),
-        ({"holdout": 0.1, "test": "b"}, "adaptation.x.holdout: takes the test pictures from train"),
-        ({"holdout": 0.1, "train": None}, "adaptation.x.train: missing"),
-    ],
-)
-def test_mistakes_with_holdout_name_the_field(tmp_path, fields, expected):
-    spec = {"source": "folder", "train": "a", **fields}
-    spec = {key: value for key, value in spec.items() if value is not None}
-    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"adaptation": {"x": spec}}))
-    with pytest.raises(UserError) as caught:
-        read(tmp_path / "data.yaml")
-    assert expected in str(caught.value)
-
-
-def test_only_what_is_learnt_can_be_held_out(tmp_path):
-    spec = {"source": "world", "domain": "digits", "test": 3, "holdout": 0.1}
-    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"evaluation": {"x": spec}}))
-    with pytest.raises(UserError, match=r"evaluation\.x\.holdout: unknown field"):
-        read(tmp_path / "data.yaml")
 
 
 def test_200_pictures_and_batches_of_16_are_one_update(tmp_path, small_scale):

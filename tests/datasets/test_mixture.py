@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fomo.datasets.mixture import POOLS, Batches, Pool, pool_of, reservoir, shuffled, sub_batches
+from fomo.datasets.mixture import POOLS, Batches, Pool, pool_of, reservoir, sub_batches
 from fomo.datasets.samples import Collection, Samples
-from fomo.datasets.sources.base import Source
 from fomo.errors import UserError
 from fomo.recipe import Mixture
+from tests.datasets.inputs import Drawn, Words
 
 NO_BUFFER, NO_PRETRAINING = frozenset({"buffer"}), frozenset({"pretraining"})
 PAPER = [(0.33, 0.34, 0.33), (0.5, 0.5, 0), (0.05, 0.48, 0.47), (0.8, 0.1, 0.1), (0, 0.1, 0.9)]  # P, D, B
@@ -23,10 +23,6 @@ PAPER = [(0.33, 0.34, 0.33), (0.5, 0.5, 0), (0.05, 0.48, 0.47), (0.8, 0.1, 0.1),
 def counts_of(mixture: Mixture, batch_size: int = 512, empty: frozenset = frozenset()) -> tuple[int, ...]:
     counts = sub_batches(batch_size, mixture, empty)
     return tuple(counts[name] for name in POOLS)
-
-
-def test_pools_are_listed_as_the_released_code_hands_out_left_over_slots():
-    assert POOLS == ("pretraining", "update", "buffer")
 
 
 @pytest.mark.parametrize(
@@ -94,43 +90,25 @@ def test_counts_sum_to_the_batch_and_no_slot_goes_to_a_pool_without_a_share(mixt
             assert abs(counts[name] - getattr(mixture, name) * batch_size) <= 2
 
 
-class Tiles(Source):
-    """Pictures of different shapes whose first pixel is their number, with one to three captions."""
+def tiles(name: str, count: int, first: int = 0, **fields) -> Samples:
+    """Pictures of different shapes whose first pixel is their number, with one to three captions.
 
-    classes = ()
+    A caption's tokens begin with the number of the picture; the third is which of its captions it is.
+    """
 
-    def __init__(self, name: str, count: int, first: int = 0):
-        self.name, self.first, self.labels = name, first, np.full(count, -1)
+    def image(index: int) -> Image.Image:
+        return Image.new("RGB", (8 + index % 4, 8 + index % 3), (first + index,) * 3)
 
-    def image(self, index: int) -> Image.Image:
-        return Image.new("RGB", (8 + index % 4, 8 + index % 3), (self.first + index,) * 3)
+    def captions(index: int) -> list[str]:
+        return [f"{first + index} caption {i}" + " long" * (index % 5) for i in range(1 + index % 3)]
 
-    def captions(self, index: int) -> list[str]:
-        return [f"{self.first + index} caption {i}" + " long" * (index % 5) for i in range(1 + index % 3)]
-
-    def name_of(self, index: int) -> str:
-        return f"{self.name} {index}"
-
-    def key(self) -> str:
-        return f"{self.name} {len(self)} {self.first}"
-
-
-class Alike(Tiles):
-    def image(self, index: int) -> Image.Image:
-        return Image.new("RGB", (64, 64))
-
-
-class Numbers:
-    """Stands for a Clip: a caption's tokens are its number, which caption it is, and one per further word."""
-
-    def tokenize(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array([int(w) if w.isdigit() else 7 for w in text.split()], np.int32) for text in texts]
+    return Samples(Drawn(f"{name} {first}", [-1] * count, image, captions, **fields), Words(), 8, name)
 
 
 def collection(name: str, *counts: int, first: int = 0) -> Collection:
     parts = []
     for i, count in enumerate(counts):
-        parts.append(Samples(Tiles(f"{name}{i}", count, first), Numbers(), 8, name))
+        parts.append(tiles(f"{name}{i}", count, first))
         first += count
     return Collection(parts)
 
@@ -158,6 +136,8 @@ def test_a_pool_gives_every_sample_once_per_epoch():
     epochs = drawn.reshape(30, 7)
     assert all(sorted(epoch) == sorted(numbers) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 25  # and each epoch has an order of its own
+    keys = [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)]
+    assert len({tuple(Pool(None, np.arange(20), key).take(0, 20)) for key in keys}) == 4
 
 
 def test_a_pool_may_be_smaller_than_what_is_drawn_at_once():
@@ -176,14 +156,6 @@ def test_what_a_pool_gives_does_not_depend_on_what_was_taken_before():
         np.testing.assert_array_equal(pool.take(start, 10), whole[start : start + 10])
 
 
-def test_pools_with_other_keys_have_other_orders():
-    orders = {
-        tuple(Pool(None, np.arange(20), key).take(0, 20))
-        for key in [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)]
-    }
-    assert len(orders) == 4
-
-
 def test_a_batch_holds_the_counts_of_each_pool_and_captions_of_its_own_pictures():
     for step in range(8):
         batch = batches()[step]
@@ -194,10 +166,6 @@ def test_a_batch_holds_the_counts_of_each_pool_and_captions_of_its_own_pictures(
         for pool, number in zip(batch.pools.tolist(), batch.tokens[:, 0].tolist(), strict=True):
             assert ranges[pool][0] <= number < ranges[pool][1]
         assert batch.boxes.shape == (12, 4) and batch.boxes.dtype == torch.float32
-
-
-def test_no_sample_is_twice_in_a_batch_within_one_epoch():
-    assert len(set(batches()[0].tokens[:, 0].tolist())) == 12
 
 
 def test_all_captions_of_a_picture_are_drawn():
@@ -240,7 +208,9 @@ def test_batches_are_the_same_in_any_order_and_whatever_else_draws_random_number
 
 def test_seed_update_and_step_each_change_samples_crops_and_captions():
     """Many pictures of one shape for the crops; one picture, with three captions, for the captions."""
-    alike = Collection([Samples(Alike("alike", 40), Numbers(), 64, "alike")])
+    captions_of = [[f"{i} caption {n}" for n in range(1 + i % 3)] for i in range(40)]
+    source = Drawn("alike", [-1] * 40, lambda i: Image.new("RGB", (64, 64)), captions_of.__getitem__)
+    alike = Collection([Samples(source, Words(), 64, "alike")])
     samples, crops, captions = set(), set(), set()
     for seed, update, step in [(0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1)]:
         whole = Pool(alike, np.arange(40), (seed, update, 1))
@@ -261,31 +231,15 @@ def test_an_empty_pool_with_a_share_is_a_mistake_and_without_one_is_left_out():
         Batches([*pools, ("buffer", nothing, 2)], 0, 3, 2)
 
 
-class Broken(Tiles):
-    """Tiles of which some cannot be read; `keep` is the data file's `cache:`."""
-
-    def __init__(self, name: str, count: int, broken: tuple, keep: str):
-        super().__init__(name, count)
-        self.broken, self.cache = broken, keep
-
-    def image(self, index: int) -> Image.Image:
-        if index in self.broken:
-            raise OSError("truncated")
-        return super().image(index)
-
-    def key(self) -> str:
-        return f"{super().key()} {self.broken}"
-
-
 def test_cached_and_decoded_pictures_make_the_same_batches_with_stand_ins_for_broken_ones():
     made = {}
-    for keep in ("always", "never"):
+    for cache in ("always", "never"):
         parts = [
-            Samples(Broken("x", 250, (3, 77), keep), Numbers(), 8, "x"),
-            Samples(Broken("y", 240, (9, 10), keep), Numbers(), 8, "y"),
+            tiles("x", 250, broken=(3, 77), cache=cache),
+            tiles("y", 240, broken=(9, 10), cache=cache),
         ]
         draws = [("update", pool_of(Collection(parts), (0, 1, 1)), 35)]
-        made[keep] = Batches(draws, 0, 1, 30)
+        made[cache] = Batches(draws, 0, 1, 30)
     seen = Counter()
     for step in range(28):  # two epochs of 490
         assert_same(made["always"][step], made["never"][step])
@@ -299,7 +253,7 @@ def test_cached_and_decoded_pictures_make_the_same_batches_with_stand_ins_for_br
 
 
 def test_a_stand_in_is_the_next_of_the_epochs_permutation():
-    part = Samples(Broken("z", 250, (3, 77), "always"), Numbers(), 8, "z")
+    part = tiles("z", 250, broken=(3, 77))
     pool = pool_of(Collection([part]), (5, 1, 1))
     order = pool.take(0, 250).tolist()
     drawn = Batches([("update", pool, 25)], 5, 1, 10)
@@ -310,37 +264,10 @@ def test_a_stand_in_is_the_next_of_the_epochs_permutation():
 
 
 def test_a_pool_of_nothing_but_broken_pictures_is_a_mistake():
-    part = Samples(Tiles("fine", 4), Numbers(), 8, "fine")
+    part = tiles("fine", 4)
     part.pixels.shapes, part.pixels.offsets = np.zeros((4, 2), int), np.zeros(5, int)
     with pytest.raises(UserError, match="no picture of the update pool can be read"):
         Batches([("update", pool_of(Collection([part]), (0,)), 2)], 0, 1, 1)[0]
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 1000, 1024, 1025, 4097, 70_000])
-def test_a_computed_permutation_is_one(n):
-    out = shuffled(np.arange(n), n, (1, 2, 3))
-    assert sorted(out.tolist()) == list(range(n))
-    np.testing.assert_array_equal(shuffled(np.arange(n)[::-1], n, (1, 2, 3)), out[::-1])
-
-
-def test_a_computed_permutation_is_as_random_as_a_stored_one():
-    n, first = 5000, []
-    for key in range(200):
-        out = shuffled(np.arange(n), n, (key,))
-        first.append(out[0])
-        assert abs(np.corrcoef(np.arange(n), out)[0, 1]) < 5 / np.sqrt(n)
-        assert (out == np.arange(n)).sum() < 8  # fixed points: 1 on average
-        assert abs((np.diff(out) > 0).mean() - 0.5) < 0.04
-    assert len(set(first)) > 190 and abs(np.mean(first) / n - 0.5) < 0.1
-
-
-def test_large_pools_compute_what_small_ones_store(monkeypatch):
-    monkeypatch.setattr("fomo.datasets.mixture.STORED", 10)
-    pool = Pool(None, np.arange(100, 150), (0, 1))
-    epochs = pool.take(0, 150).reshape(3, 50)
-    assert all(sorted(epoch) == list(range(100, 150)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3 and pool.epochs == {}
-    np.testing.assert_array_equal(pool.take(37, 30), epochs.flatten()[37:67])
 
 
 def weighted(counts: list[int], weights: list[float], key: tuple = (0, 1)) -> Pool:
@@ -360,11 +287,6 @@ def test_a_weight_is_how_often_each_sample_comes():
     np.testing.assert_array_equal(pool.take(13, 20), pool.take(0, 40)[13:33])
 
 
-def test_without_weights_all_sources_are_one_pool():
-    assert type(weighted([10, 20], [1, 1])) is Pool
-    assert sorted(weighted([10, 20], [1, 1]).take(0, 30)) == list(range(30))
-
-
 def test_a_reservoir_is_uniform_and_what_left_it_does_not_return():
     seen = np.arange(3000)
     kept = [reservoir(seen[:n], 100, seed=0) for n in (50, 100, 200, 1000, 3000)]
@@ -377,17 +299,12 @@ def test_a_reservoir_is_uniform_and_what_left_it_does_not_return():
     np.testing.assert_array_equal(reservoir(seen[::-1], 100, 0), reservoir(seen, 100, 0))
 
 
-class Fifteen(Tiles):
+class Fifteen(Drawn):
     """15 million pictures, none of which exists until it is asked for."""
 
     def __init__(self):
-        self.labels, self.cache = np.broadcast_to(np.int64(-1), 15_000_000), "never"
-
-    def image(self, index: int) -> Image.Image:
-        return Image.new("RGB", (8, 8), (index % 256,) * 3)
-
-    def captions(self, index: int) -> list[str]:
-        return [str(index)]
+        super().__init__("fifteen", [], captions=lambda index: [str(index)], cache="never")
+        self.labels = np.broadcast_to(np.int64(-1), 15_000_000)
 
     def caption_counts(self) -> np.ndarray:
         return np.broadcast_to(np.int64(1), len(self.labels))
@@ -397,7 +314,7 @@ def test_a_pool_of_fifteen_million_takes_little_memory():
     import tracemalloc
 
     tracemalloc.start()
-    pool = pool_of(Collection([Samples(Fifteen(), Numbers(), 8, "fifteen")]), (0, 1, 0))
+    pool = pool_of(Collection([Samples(Fifteen(), Words(), 8, "fifteen")]), (0, 1, 0))
     drawn = Batches([("pretraining", pool, 169)], 0, 1, 100)
     numbers = {n for step in range(0, 100, 10) for n in drawn[step].tokens[:, 0].tolist()}
     peak = tracemalloc.get_traced_memory()[1]

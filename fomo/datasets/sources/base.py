@@ -5,6 +5,7 @@ an entry's `train:` and `test:` fill: a path, a split's name, a number of pictur
 """
 
 import hashlib
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fomo.datasets.arrays import Captions, Strings
 from fomo.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
@@ -43,7 +45,7 @@ class Source:
     prompts: tuple[str, ...] = ("a photo of a {}.",)
     notes: tuple[str, ...] = ()
     weight: float = 1.0  # in a pretraining pool: how often each picture counts
-    cache: str = "auto"  # how its pixels are kept, see pixels.open_pixels
+    cache: str = "auto"  # whether its pixels are cached, see cache.open_pixels
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,15 +106,15 @@ class Part(Source):
         return f"{len(self)} ({zlib.crc32(self.numbers.tobytes()):08x}) of {self.whole.key()}"
 
 
-def at_most(source: Source, limit: int) -> Source:
+def limited(source: Source, limit: int | None) -> Source:
     """At most `limit` samples, drawn uniformly, the same in every run."""
-    if limit >= len(source):
+    if limit is None or limit >= len(source):
         return source
     rng = np.random.default_rng([limit, 0x5AB5])
     return Part(source, np.sort(rng.choice(len(source), limit, replace=False, shuffle=False)))
 
 
-def held_out(source: Source, share: float) -> np.ndarray:
+def holdout_mask(source: Source, share: float) -> np.ndarray:
     """(n,) bool: about `share` of every class, at least one and not all; of a class of one picture none.
 
     A hash of a sample's name decides, so samples that are added later move none from one side to the other
@@ -120,13 +122,59 @@ def held_out(source: Source, share: float) -> np.ndarray:
     """
     names = (source.id_of(index).encode("utf-8", "surrogateescape") for index in range(len(source)))
     digests = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
-    place = np.frombuffer(digests, "<u8") / 2**64  # (n,) in [0, 1)
-    test = place < share
-    order = np.lexsort((place, source.labels))
+    draws = np.frombuffer(digests, "<u8") / 2**64  # (n,) in [0, 1)
+    test = draws < share
+    order = np.lexsort((draws, source.labels))
     _, starts, counts = np.unique(source.labels[order], return_index=True, return_counts=True)
     test[order[starts]] = True
     test[order[starts + counts - 1]] = False
     return test
+
+
+class PictureFiles(Source):
+    """A source whose pictures are files: `files` are their paths, relative to `base`."""
+
+    base: str
+    files: Strings
+
+    def path_of(self, index: int) -> str:
+        return os.path.join(self.base, self.files[index])
+
+    def image(self, index: int) -> Image.Image:
+        return Image.open(self.path_of(index))
+
+    def name_of(self, index: int) -> str:
+        return self.path_of(index)
+
+    def id_of(self, index: int) -> str:
+        return self.files[index]
+
+    def key(self) -> str:
+        return f"{type(self).__name__} {Path(self.base).resolve()} {self.digest()}"
+
+    def digest(self) -> str:
+        """A hash of the names, sizes and times of all files."""
+        digest = hashlib.sha256()
+        for index in range(len(self.files)):
+            try:
+                stat = os.stat(self.path_of(index))
+                content = f"{stat.st_size} {stat.st_mtime_ns}"
+            except (OSError, ValueError):  # ValueError: a null character in a table
+                content = "missing"
+            digest.update(f"{self.files[index]} {content}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+class Captioned(Source):
+    """A source that holds the captions of all its pictures in memory."""
+
+    texts: Captions
+
+    def captions(self, index: int) -> list[str]:
+        return self.texts[index]
+
+    def caption_counts(self) -> np.ndarray:
+        return self.texts.counts()
 
 
 class NamedClasses(Source):
@@ -143,11 +191,44 @@ class NamedClasses(Source):
 
     def agree(self, splits: list[Source]) -> None:
         """Number the names of all splits together: what only one split has stays a class of both."""
-        both = sorted({name for split in splits for name in split.classes})
-        if both != self.classes:
-            position = {name: i for i, name in enumerate(both)}
+        union = sorted({name for split in splits for name in split.classes})
+        if union != self.classes:
+            position = {name: i for i, name in enumerate(union)}
             moved = np.array([*(position[name] for name in self.classes), -1], np.int64)
-            self.classes, self.labels = both, moved[self.labels]
+            self.classes, self.labels = union, moved[self.labels]
+
+
+class NumberedClasses(Source):
+    """A source whose labels are numbers; their names stand in a list, or are guessed from the data itself."""
+
+    guessed: dict[int, str] | None = None  # names by label, where no list gives them
+
+    def name_classes(self, guesses: dict[int, str], file: Path | None, names: list[str], where: str) -> None:
+        """By the `names` of a file, in label order; without a file by the guesses, else by the numbers."""
+        present = np.unique(self.labels[self.labels >= 0]).tolist()
+        if not present:
+            self.classes = []
+        elif file is None:
+            self.guessed = guesses
+            self.classes = with_numbers(guesses, present[-1] + 1)
+        else:
+            for label in present:
+                if label >= len(names) or not names[label]:
+                    raise UserError(f"{where}: label {label} has no name, {file} has {len(names)} names")
+            self.classes = names
+        self.notes += same_names(self.classes)
+
+    def agree(self, splits: list[Source]) -> None:
+        """Guessed names: the first split (train) decides, the others add labels that it lacks."""
+        if self.guessed is not None:
+            names = {}
+            for split in reversed(splits):
+                names |= split.guessed or {}
+            self.classes = with_numbers(names, max(len(split.classes) for split in splits))
+
+
+def with_numbers(names: dict[int, str], count: int) -> list[str]:
+    return [names.get(label, f"class {label}") for label in range(count)]
 
 
 def read_names(file: Path) -> list[str]:
@@ -160,16 +241,15 @@ def read_names(file: Path) -> list[str]:
         raise UserError(f"{file}: not a readable file of class names: {error}") from None
 
 
-def twins(classes: list[str]) -> tuple[str, ...]:
+def same_names(classes: list[str]) -> tuple[str, ...]:
     """A note on class names that stand twice: no text can tell such classes apart."""
     first: dict[str, int] = {}
-    numbered = [(i, name) for i, name in enumerate(classes) if name]
-    both = [(name, first[name], i) for i, name in numbered if first.setdefault(name, i) != i]
-    if not both:
+    pairs = [(first[name], i) for i, name in enumerate(classes) if name and first.setdefault(name, i) != i]
+    if not pairs:
         return ()
-    name, one, other = both[0]
-    more = f" (and {len(both) - 1} more)" if len(both) > 1 else ""
-    return (f"two classes have the same name {name!r}, labels {one} and {other}{more}",)
+    one, other = pairs[0]
+    more = f" (and {len(pairs) - 1} more)" if len(pairs) > 1 else ""
+    return (f"two classes have the same name {classes[one]!r}, labels {one} and {other}{more}",)
 
 
 def rgb(image: Image.Image) -> Image.Image:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fomo.errors import FieldError, UserError
 from fomo.schema import convert
+from fomo.text import aligned
 
 TABLE = Path(__file__).with_name("catalogue.csv")
 # Calendar years of the 15 year groups: the order is the released time streams', the years are inferred.
@@ -63,12 +64,13 @@ def catalogue() -> dict[str, Row]:
     """All 63 rows by name, adaptation first."""
     hints = Row.__annotations__
     with TABLE.open(encoding="utf-8", newline="") as file:
-        rows = [
-            {k: v or None if hints[k] is not str else v for k, v in r.items()} for r in csv.DictReader(file)
-        ]
-    return {
-        r["name"]: Row(**{k: convert(v, hints[k], f"{TABLE.name}: {k}") for k, v in r.items()}) for r in rows
-    }
+        lines = list(csv.DictReader(file))
+    rows = {}
+    for line in lines:
+        values = {key: text if hints[key] is str else text or None for key, text in line.items()}
+        fields = {key: convert(value, hints[key], f"{TABLE.name}: {key}") for key, value in values.items()}
+        rows[line["name"]] = Row(**fields)
+    return rows
 
 
 def find(name: str, field: str = "dataset") -> Row:
@@ -88,8 +90,6 @@ def find(name: str, field: str = "dataset") -> Row:
 
 def with_catalogue(spec: dict, where: str) -> dict:
     """A data file's entry with what the catalogue knows of its `dataset:`; what the entry says itself stands."""
-    if type(spec.get("year", 0)) is not int:
-        raise FieldError(f"{where}.year", f"expected a whole number, got {spec['year']!r}")
     if "dataset" not in spec:
         return spec
     row = find(spec["dataset"], f"{where}.dataset")
@@ -118,33 +118,23 @@ def listing(root: str | None = None) -> str:
     """The catalogue as a table for people; with `root`, what is there in the authors' layout."""
     if root is not None and not Path(root).is_dir():
         raise UserError(f"--root {root}: no such directory")
-    head = ["dataset", "folder", "role", "train", "test", "classes", "domain", "year", "captions", "metric"]
-    head += ["torchvision", "clip_benchmark", "licence", *(["present"] if root else [])]
-    lines = [head]
+    head = ["dataset", "folder", "role", "    train", "     test", "classes", "domain", "year", "captions"]
+    lines = [[*head, "metric", "torchvision", "clip_benchmark", "licence", *(["present"] if root else [])]]
     for row in catalogue().values():
-        place = [
-            row.torchvision,
-            row.clip_benchmark,
-            row.licence,
-            *([present(row, Path(root))] if root else []),
-        ]
-        sizes = [f"{row.train:,}", f"{row.test:,}", f"{row.classes:,}"]
+        sizes = [f"{row.train:9,}", f"{row.test:9,}", f"{row.classes:7,}"]
         what = [row.domain, str(row.year_group or ""), row.captions, row.metric]
-        lines.append([row.name, row.folder, row.role, *sizes, *what, *place])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = [[v.ljust(w) for v, w in zip(line, widths, strict=True)] for line in lines]
-    for line in aligned:
-        line[3:6] = [v.strip().rjust(w) for v, w in zip(line[3:6], widths[3:6], strict=True)]
-    return "\n".join([*("  ".join(line).rstrip() for line in aligned), "", *totals(root)])
+        places = [row.torchvision, row.clip_benchmark, row.licence]
+        found = [present(row, Path(root))] if root else []
+        lines.append([row.name, row.folder, row.role, *sizes, *what, *places, *found])
+    return "\n".join([aligned(lines, left=len(lines[0])), "", *totals(root)])
 
 
 def totals(root: str | None) -> list[str]:
     lines = []
     for role in ("adaptation", "evaluation"):
         rows = [row for row in catalogue().values() if row.role == role]
-        train, test, classes = (
-            sum(getattr(row, key) for row in rows) for key in ("train", "test", "classes")
-        )
+        train, test = sum(row.train for row in rows), sum(row.test for row in rows)
+        classes = sum(row.classes for row in rows)
         lines.append(f"{len(rows)} {role}: {train:,} train, {test:,} test, {classes:,} classes")
     if root:
         here = sum(present(row, Path(root)) != "-" for row in catalogue().values())

@@ -1,6 +1,5 @@
 """Pictures in folders: one folder per class, or a single one with captions in `.txt` files of the same names."""
 
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -8,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from fomo.datasets.arrays import Strings
-from fomo.datasets.sources.base import IMAGE_SUFFIXES, NamedClasses
+from fomo.datasets.sources.base import IMAGE_SUFFIXES, NamedClasses, PictureFiles
 from fomo.errors import UserError
 
 
 @dataclass
-class Folder(NamedClasses):
+class Folder(PictureFiles, NamedClasses):
     """PATH/CLASS/.../picture.jpg, at any depth; or PATH/picture.jpg with PATH/picture.txt, a caption set.
 
     The name of a class is that of its folder, `_` read as a blank.
@@ -43,7 +41,7 @@ class Folder(NamedClasses):
         if not files:
             known = ", ".join(IMAGE_SUFFIXES)
             raise UserError(f"{self.path}: no pictures in it or in its folders (known: {known})")
-        self.files = Strings.of(files)
+        self.base, self.files = self.path, Strings.of(files)
         if not found and not any(self.captions(i) for i in range(len(self))):
             raise UserError(f"{self.path}: neither class folders nor a .txt with a caption beside a picture")
 
@@ -57,15 +55,9 @@ class Folder(NamedClasses):
             raise UserError(f"{self.path}: two classes have the same name {name!r}: {', '.join(same)}")
         return names
 
-    def file(self, index: int) -> str:
-        return os.path.join(self.path, self.files[index])
-
-    def image(self, index: int) -> Image.Image:
-        return Image.open(self.file(index))
-
     def captions(self, index: int) -> list[str]:
         """The lines of the `.txt` beside the picture."""
-        file = os.path.splitext(self.file(index))[0] + ".txt"
+        file = os.path.splitext(self.path_of(index))[0] + ".txt"
         try:
             with open(file, encoding="utf-8-sig") as lines:
                 return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
@@ -73,27 +65,6 @@ class Folder(NamedClasses):
             return []
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: not a readable caption: {error}") from None
-
-    def name_of(self, index: int) -> str:
-        return self.file(index)
-
-    def id_of(self, index: int) -> str:
-        return self.files[index]
-
-    def key(self) -> str:
-        return f"folder {Path(self.path).resolve()} {digest_of(self.path, self.files)}"
-
-
-def digest_of(root: str, files: Strings) -> str:
-    """A hash of the names, sizes and times of all files."""
-    digest = hashlib.sha256()
-    for name in map(files.__getitem__, range(len(files))):
-        try:
-            stat = os.stat(os.path.join(root, name))
-            digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-        except (OSError, ValueError):  # ValueError: a null character in a table
-            digest.update(f"{name} missing\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 def folders_in(root: Path) -> list[os.DirEntry]:

@@ -5,18 +5,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from fomo.datasets.arrays import Strings
-from fomo.datasets.sources.base import NamedClasses
-from fomo.datasets.sources.folders import digest_of
+from fomo.datasets.arrays import Captions, Strings
+from fomo.datasets.sources.base import Captioned, NamedClasses, PictureFiles
 from fomo.errors import UserError
 
 csv.field_size_limit(10_000_000)  # characters of a caption; Python's own limit is 131,072
 
 
-class Table(NamedClasses):
+class Table(PictureFiles, Captioned, NamedClasses):
     """Rows that follow each other with the same picture are one sample with several captions."""
 
     separator = ","
@@ -31,22 +27,21 @@ class Table(NamedClasses):
     ):
         """image, caption, concept: names of columns; concept: that of the class names."""
         self.path, self.columns = path, (image, caption, concept)
-        self.folder, self.separator = str(Path(path).parent), separator or self.separator
+        self.base, self.separator = str(Path(path).parent), separator or self.separator
         if len(self.separator) != 1:
             raise UserError(f"{path}: separator: expected one character, got {separator!r}")
         names: dict[str, int] = {}
-        files, labels, texts, rows = [], [], [], []
+        files, labels, captions = [], [], []
         for file, text, concept in self.rows():
             if not files or file != files[-1]:
                 files.append(file)
                 labels.append(names.setdefault(concept, len(names)) if concept else -1)
-                rows.append(len(texts))
+                captions.append([])
             if text:
-                texts.append(text)
-            rows[-1] = len(texts)
+                captions[-1].append(text)
         if not files:
             raise UserError(f"{self.path}: no rows below the header")
-        self.files, self.texts, self.ends = Strings.of(files), Strings.of(texts), np.array(rows, np.int64)
+        self.files, self.texts = Strings.of(files), Captions.of(captions)
         self.number(list(names), labels)
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
@@ -72,26 +67,8 @@ class Table(NamedClasses):
             none = ", or `caption: null` for none" if column == self.columns[1] else ""
             raise UserError(f"{self.path}: no column {column!r}, it has: {', '.join(columns)}{none}{hint}")
 
-    def file(self, index: int) -> str:
-        return os.path.join(self.folder, os.path.expandvars(self.files[index]))
-
-    def image(self, index: int) -> Image.Image:
-        return Image.open(self.file(index))
-
-    def captions(self, index: int) -> list[str]:
-        return [self.texts[i] for i in range(self.ends[index - 1] if index else 0, self.ends[index])]
-
-    def caption_counts(self) -> np.ndarray:
-        return np.diff(self.ends, prepend=0)
-
-    def name_of(self, index: int) -> str:
-        return self.file(index)
-
-    def id_of(self, index: int) -> str:
-        return self.files[index]
-
-    def key(self) -> str:
-        return f"table {Path(self.path).resolve()} {digest_of(self.folder, self.files)}"
+    def path_of(self, index: int) -> str:
+        return os.path.join(self.base, os.path.expandvars(self.files[index]))
 
 
 class Tsv(Table):

@@ -13,19 +13,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from fomo.atomic import cache_root, make
-from fomo.datasets.arrays import Arrays, Calls, Strings, cores, read_array
-from fomo.datasets.sources.base import IMAGE_SUFFIXES, Source, read_names, twins
+from fomo.datasets.arrays import Arrays, Captions, Strings, cores, in_processes, read_array
+from fomo.datasets.sources.base import IMAGE_SUFFIXES, Captioned, NumberedClasses, read_names
 from fomo.datasets.sources.hub import expand, fetch
 from fomo.errors import UserError
 
-VERSION = 1  # of the index
+VERSION = 2  # of the index
 NAMES_FILES = ("classes.txt", "classnames.txt")
 
 
-class Shards(Source):
+class Shards(Captioned, NumberedClasses):
     """Tar shards end to end: members that share a name are one sample (`.jpg .cls .txt .json`)."""
-
-    guessed: dict[int, str] | None = None  # names by label, where they are only the captions of the pictures
 
     def open_shards(self, paths: list[str], names: Path | None, lines: bool = False) -> None:
         """`lines`: each line of a `.txt` is a caption, else all of it is one."""
@@ -39,43 +37,20 @@ class Shards(Source):
         self.starts = np.array(meta["starts"])  # (shards + 1,) number of the first sample of each
         self.offsets = read_array(folder, "offsets", np.int64)  # (n,) of the picture in its shard
         self.sizes = read_array(folder, "sizes", np.int64)  # (n,)
-        self.names = Strings(read_array(folder, "names", np.uint8), read_array(folder, "name_ends", np.int64))
-        self.texts = Strings(read_array(folder, "texts", np.uint8), read_array(folder, "text_ends", np.int64))
-        self.rows = read_array(folder, "rows", np.int64)  # (n,) end of each sample's run of texts
+        self.names = Strings.read(folder, "names")
+        self.texts = Captions(Strings.read(folder, "texts"), read_array(folder, "rows", np.int64))
         self.labels = read_array(folder, "labels", np.int64)
         if not len(self.labels):
             raise UserError(f"{paths[0]}: no samples, expected members such as 000.jpg, 000.txt, 000.cls")
         if meta["dropped"]:
             what = f"{meta['dropped']} samples have no picture, first: {meta['first']}"
             self.notes += (f"{what}; skipped (known: {', '.join(IMAGE_SUFFIXES)})",)
-        self.classes = self.class_names(names)
-        self.notes += twins(self.classes)
-
-    def class_names(self, file: Path | None) -> list[str]:
-        present = np.unique(self.labels[self.labels >= 0])
-        if not len(present):
-            return []
-        if file is None:
-            self.guessed = self.first_captions()
-            return named(self.guessed, int(present[-1]))
-        names = read_names(file)
-        for label in present.tolist():
-            if label >= len(names) or not names[label]:
-                raise UserError(f"{self.files[0]}: label {label} has no name, {file} has {len(names)} lines")
-        return names
+        self.name_classes(self.first_captions(), names, read_names(names) if names else [], self.files[0])
 
     def first_captions(self) -> dict[int, str]:
         labels, first = np.unique(np.where(self.caption_counts() > 0, self.labels, -1), return_index=True)
         pairs = zip(labels.tolist(), first.tolist(), strict=True)
         return {label: self.captions(index)[0] for label, index in pairs if label >= 0}
-
-    def agree(self, splits: list[Source]) -> None:
-        """Guessed names: the first split (train) decides, the others add labels that it lacks."""
-        if self.guessed is not None:
-            names = {}
-            for split in reversed(splits):
-                names |= split.guessed or {}
-            self.classes = named(names, max(len(split.classes) for split in splits) - 1)
 
     def image(self, index: int) -> Image.Image:
         with open(self.file_of(index), "rb") as file:
@@ -84,12 +59,6 @@ class Shards(Source):
 
     def file_of(self, index: int) -> str:
         return self.files[int(np.searchsorted(self.starts, index, side="right")) - 1]
-
-    def captions(self, index: int) -> list[str]:
-        return [self.texts[i] for i in range(self.rows[index - 1] if index else 0, self.rows[index])]
-
-    def caption_counts(self) -> np.ndarray:
-        return np.diff(self.rows, prepend=0)
 
     def name_of(self, index: int) -> str:
         return f"{self.file_of(index)}:{self.names[index]}"
@@ -105,10 +74,6 @@ def stamp(path: str) -> str:
     """What tells one content of a file from another, without reading it."""
     stat = Path(path).stat()
     return f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def named(names: dict[int, str], last: int) -> list[str]:
-    return [names.get(label, f"class {label}") for label in range(last + 1)]
 
 
 @dataclass
@@ -138,44 +103,41 @@ def index_of(files: list[str], key: str, lines: bool) -> Path:
 
 
 def write_index(files: list[str], lines: bool, folder: Path) -> None:
-    arrays, starts, texts, names, rows = Arrays(folder), [0], 0, 0, 0
-    dropped, first = 0, ""
-    workers = cores() if len(files) > 8 else 0
-    shards = Calls.run(partial(scan, files, lines), len(files), workers)
+    arrays, starts, without = Arrays(folder), [0], []
+    lengths = dict.fromkeys(("names", "texts", "texts_ends"), 0)  # of these arrays, up to the last shard
+    shards = in_processes(partial(scan, lines=lines), files, cores() if len(files) > 8 else 0)
     for found in tqdm(shards, "indexing shards", len(files), leave=False, disable=len(files) == 1):
         if isinstance(found, UserError):
             raise found
-        columns, lost = found
+        columns, no_picture = found
         starts.append(starts[-1] + len(columns["labels"]))
-        for name, base in (("name_ends", names), ("text_ends", texts), ("rows", rows)):
-            columns[name] = columns[name] + base
+        for ends, of in (("names_ends", "names"), ("texts_ends", "texts"), ("rows", "texts_ends")):
+            columns[ends] = columns[ends] + lengths[of]
+            lengths[of] += len(columns[of])
         arrays.append(**columns)
-        names, texts = names + len(columns["names"]), texts + len(columns["texts"])
-        rows += len(columns["text_ends"])
-        dropped, first = dropped + len(lost), first or (lost[0] if lost else "")
-    arrays.finish(starts=starts, dropped=dropped, first=first)
+        without += no_picture
+    arrays.finish(starts=starts, dropped=len(without), first=(without or [""])[0])
 
 
-def scan(files: list[str], lines: bool, number: int) -> tuple[dict[str, np.ndarray], list[str]] | UserError:
+def scan(file: str, lines: bool) -> tuple[dict[str, np.ndarray], list[str]] | UserError:
     """-> the columns of one shard's index, and the names of samples without a picture."""
     try:
-        samples = list(read_headers(files[number], lines))
+        samples = read_headers(file, lines)
     except UserError as error:  # as a value: what a worker process raises arrives with its traceback as text
         return error
-    kept = [s for s in samples if s.offset >= 0]
-    texts = Strings.of(text for s in kept for text in s.captions)
-    names = Strings.of(s.name for s in kept)
+    found = [s for s in samples if s.offset >= 0]
+    captions, names = Captions.of([s.captions for s in found]), Strings.of(s.name for s in found)
     columns = {
-        "offsets": np.array([s.offset for s in kept], np.int64),
-        "sizes": np.array([s.size for s in kept], np.int64),
-        "labels": np.array([s.label for s in kept], np.int64),
-        "rows": np.cumsum([len(s.captions) for s in kept], dtype=np.int64),
+        "offsets": np.array([s.offset for s in found], np.int64),
+        "sizes": np.array([s.size for s in found], np.int64),
+        "labels": np.array([s.label for s in found], np.int64),
+        "rows": captions.ends,
         "names": names.flat,
-        "name_ends": names.ends,
-        "texts": texts.flat,
-        "text_ends": texts.ends,
+        "names_ends": names.ends,
+        "texts": captions.texts.flat,
+        "texts_ends": captions.texts.ends,
     }
-    return columns, [f"{files[number]}:{s.name}" for s in samples if s.offset < 0]
+    return columns, [f"{file}:{s.name}" for s in samples if s.offset < 0]
 
 
 @dataclass

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Annotated, Any, Literal
 from zlib import crc32
 
 import numpy as np
@@ -28,8 +28,7 @@ import PIL
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from fomo.datasets.sources.base import Source
-from fomo.errors import FieldError
-from fomo.schema import at_least, one_of
+from fomo.schema import Count, Range, Share, one_of
 
 VERSION = 2  # raise it whenever a pixel or a caption changes
 
@@ -389,7 +388,7 @@ class Domain:
     table: dict[str, Any]  # class name -> what `draw` is given
     draw: Callable[[Pen, Any], None]
     zoom: float = 0.85  # share of the picture's side that the figure takes
-    colours: str = "told"  # any, and captions may name them; "untold": any, never named; "own": the concept's
+    colours: str = "named"  # any, captions may name them; "unnamed": any, never named; "fixed": the concept's
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -417,8 +416,8 @@ COMBINATIONS = {
     for name in (f"{colour} circle", f"{colour} ring", f"{colour} triangle", f"{colour} cross")
 }
 ALL_DOMAINS = (
-    Domain("shapes", "base", "{}", SHAPES, glyphs(), 0.75, colours="untold"),
-    Domain("colours", "base", "colour {}", PALETTE, confetti, 1.1, colours="own"),
+    Domain("shapes", "base", "{}", SHAPES, glyphs(), 0.75, colours="unnamed"),
+    Domain("colours", "base", "colour {}", PALETTE, confetti, 1.1, colours="fixed"),
     Domain("textures", "base", "pattern of {}", TEXTURES, texture, 1.0),
     Domain("digits", "base", "digit {}", DIGITS, glyphs(), 0.7),
     Domain("letters", "base", "letter {}", {c: LETTERS[c] for c in "ABCDEFGHIJ"}, glyphs(), 0.7),
@@ -426,18 +425,18 @@ ALL_DOMAINS = (
     Domain("counts", "base", "group of {}", COUNTS, dots, 0.75),
     Domain("faces", "base", "{} face", FACES, glyphs(".448", mirror=True, thin=0.8), 0.95),
     Domain("icons", "base", "{}", ICONS, glyphs(mirror=True)),
-    Domain("places", "base", "{} scene", PLACES, glyphs(mirror=True, reach=2), 1.05, colours="own"),
+    Domain("places", "base", "{} scene", PLACES, glyphs(mirror=True, reach=2), 1.05, colours="fixed"),
     Domain("letters-k-t", "adaptation", "letter {}", {c: LETTERS[c] for c in "KLMNOPQRST"}, glyphs(), 0.7),
     Domain("symbols", "adaptation", "{} symbol", SYMBOLS, glyphs(), 0.8),
-    Domain("flags", "adaptation", "flag of {}", FLAGS, glyphs(), colours="own"),
+    Domain("flags", "adaptation", "flag of {}", FLAGS, glyphs(), colours="fixed"),
     Domain("clocks", "adaptation", "clock at {}", CLOCKS, clock),
     Domain("bars", "adaptation", "{} chart", BARS, bars, 0.8),
     Domain("objects", "adaptation", "{}", OBJECTS, glyphs(mirror=True, thin=0.9)),
     Domain("stars", "adaptation", "{}", STARS, star),
     Domain("gradients", "adaptation", "{} gradient", GRADIENTS, gradient, 1.0),
     Domain("rooms", "adaptation", "plan of a {}", ROOMS, glyphs("-0080880800", mirror=True, thin=0.6)),
-    Domain("signs", "adaptation", "{} sign", SIGNS, glyphs(), colours="own"),
-    Domain("colour-shapes", "combination", "{}", COMBINATIONS, coloured_shape, 0.75, colours="own"),
+    Domain("signs", "adaptation", "{} sign", SIGNS, glyphs(), colours="fixed"),
+    Domain("colour-shapes", "combination", "{}", COMBINATIONS, coloured_shape, 0.75, colours="fixed"),
 )
 DOMAINS = {domain.name: domain for domain in ALL_DOMAINS}
 POOLS = ("base", "adaptation")  # kinds that are also names for all their domains together
@@ -523,7 +522,7 @@ def caption(
     rng, look = begin(domain, concept, index, split, seed, style)
     template, colour, trait, absent = rng.random(4)
     noun = DOMAINS[domain].noun.format(concept)
-    if DOMAINS[domain].colours == "told" and look.style not in COLOURLESS and colour < 0.4:
+    if DOMAINS[domain].colours == "named" and look.style not in COLOURLESS and colour < 0.4:
         noun = f"{look.ink} {noun}" if colour < 0.25 else f"{noun} on {look.ground}"
     elif trait < 0.3 and look.style in STYLE_WORDS:
         noun = f"{STYLE_WORDS[look.style]} {noun}"
@@ -545,7 +544,7 @@ def begin(
     rng = np.random.default_rng([seed, crc32(name.encode()), index])
     if style == "mixed":
         style = MIXED[rng.integers(len(MIXED))]
-        if DOMAINS[domain].colours == "own" and style in COLOURLESS:
+        if DOMAINS[domain].colours == "fixed" and style in COLOURLESS:
             style = "plain"
     return rng, draw_look(rng, style)
 
@@ -557,24 +556,19 @@ class World(Source):
     Classes of pooled domains have longer names: "digit three", "flag of Kestria".
     """
 
-    domain: str
-    per_concept: int
-    split: str = "train"
-    style: str = "plain"
-    seed: int = 0
-    size: int = 32  # side of a picture, in pixels
-    concepts: list[str] | int | None = None  # present ones: class names, or the first so many of each domain
-    wrong_captions: float = 0.0  # share of the pictures that have the caption of another one
+    domain: Literal[(*DOMAINS, *POOLS)]
+    per_concept: Count
+    split: Literal["train", "test"] = "train"
+    style: Literal[STYLES] = "plain"
+    seed: Annotated[int, Range(0)] = 0
+    size: Annotated[int, Range(8)] = 32  # side of a picture, in pixels
+    concepts: list[str] | Count | None = (
+        None  # present ones: class names, or the first so many of each domain
+    )
+    wrong_captions: Share = 0.0  # share of the pictures that have the caption of another one
     split_field = "per_concept"
 
     def __post_init__(self):
-        one_of("domain", self.domain, (*DOMAINS, *POOLS))
-        one_of("split", self.split, ("train", "test"))
-        one_of("style", self.style, STYLES)
-        for name, least in (("per_concept", 1), ("size", 8), ("seed", 0)):
-            at_least(name, getattr(self, name), least)
-        if not 0 <= self.wrong_captions <= 1:
-            raise FieldError("wrong_captions", f"a share from 0 to 1, got {self.wrong_captions:g}")
         domains = [d for d in ALL_DOMAINS if self.domain in (d.name, d.kind)]
         self.members = [(d, concept) for d in domains for concept in d.concepts]  # by label
         if self.domain in POOLS:
@@ -588,31 +582,30 @@ class World(Source):
     def present(self) -> list[int]:
         """The labels that `concepts` asks for; those of absent concepts stay unused."""
         if isinstance(self.concepts, int):
-            at_least("concepts", self.concepts, 1)
             return [i for i, (d, name) in enumerate(self.members) if name in d.concepts[: self.concepts]]
         for name in self.concepts or ():
             one_of("concepts", name, tuple(self.classes))
         return [i for i, name in enumerate(self.classes) if self.concepts is None or name in self.concepts]
 
     def image(self, index: int) -> Image.Image:
-        return render(*self.place(index), split=self.split, seed=self.seed, style=self.style, size=self.size)
+        return render(*self.locate(index), split=self.split, seed=self.seed, style=self.style, size=self.size)
 
     def captions(self, index: int) -> list[str]:
         shown = self.captioned(index) if self.wrong_captions else index
-        return [caption(*self.place(shown), split=self.split, seed=self.seed, style=self.style)]
+        return [caption(*self.locate(shown), split=self.split, seed=self.seed, style=self.style)]
 
     def captioned(self, index: int) -> int:
         """The picture that the caption of `index` is about: mostly its own."""
         rng = np.random.default_rng([self.seed, crc32(b"wrong captions"), index])
         return int(rng.integers(len(self))) if rng.random() < self.wrong_captions else index
 
-    def place(self, index: int) -> tuple[str, str, int]:
+    def locate(self, index: int) -> tuple[str, str, int]:
         """(domain, concept, number within the concept) of a sample."""
         domain, concept = self.members[self.labels[index]]
         return domain.name, concept, index % self.per_concept
 
     def name_of(self, index: int) -> str:
-        domain, concept, number = self.place(index)
+        domain, concept, number = self.locate(index)
         return f"world {domain} {concept} {number}"
 
     def key(self) -> str:

@@ -1,20 +1,16 @@
 """One data file with every source goes through a whole run, with a cache and without one to the same end."""
 
-import csv
-import io
 import json
 import runpy
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torchvision.datasets
 import yaml
 from click.testing import CliRunner
-from PIL import Image
 
 from fomo.datasets.datafile import SOURCES, read
+from tests.datasets.inputs import draw, encoded, noise, shard, table
 
 ROOT = Path(__file__).parents[3]
 
@@ -28,47 +24,34 @@ class Shapes(torchvision.datasets.VisionDataset):
         super().__init__(root)
 
     def __getitem__(self, index):
-        return picture(index), index % 2
+        return noise(index, 40, 32), index % 2
 
 
-def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 40, 3), dtype=np.uint8))
-
-
-def shard(path: Path, count: int, suffixes: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for i in range(count):
-            file = io.BytesIO()
-            picture(i).save(file, "PNG")
-            texts = {suffix: text(i).encode() for suffix, text in suffixes.items()}
-            for suffix, content in {"png": file.getvalue(), **texts}.items():
-                info = tarfile.TarInfo(f"{i}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+def numbered(count: int, **texts) -> dict[str, str | bytes]:
+    """Members of a shard."""
+    members = {f"{i}.png": encoded(noise(i, 40, 32)) for i in range(count)}
+    return members | {f"{i}.{suffix}": text(i) for suffix, text in texts.items() for i in range(count)}
 
 
 def everything(root: Path) -> dict:
     """A data file of all sources."""
     for split in ("train", "test"):
-        shard(root / "cb" / split / "0.tar", 6, {"cls": lambda i: str(i % 2)})
+        shard(root / "cb" / split / "0.tar", numbered(6, cls=lambda i: str(i % 2)))
         (root / "cb" / split / "nshards.txt").write_text("1")
         entries = {}
         for i in range(6):
             for folder in (root / "pets" / split / ("cat", "dog")[i % 2], root / "flux" / "TOYS" / split):
-                folder.mkdir(parents=True, exist_ok=True)
-                picture(i).save(folder / f"{i}.png")
+                draw(folder / f"{i}.png", noise(i, 40, 32))
             texts = {"default_caption": None, "synthetic_merged_caption": [f"toy {i}", f"a toy, {i}"]}
             entries[f"{split}/{i}.png"] = texts | {"classname": ("car", "doll")[i % 2], "target": i % 2}
             entries[f"{split}/{i}.png"]["primer_caption"] = "a toy"
         (root / "flux" / f"TOYS_{split}.json").write_text(json.dumps(entries))
         for form, separator in (("csv", ","), ("tsv", "\t")):
-            with open(root / f"{split}.{form}", "w", newline="") as file:
-                rows = [[f"pets/{split}/cat/{i}.png", f"picture {i}", "ab"[i // 2]] for i in (0, 2)]
-                csv.writer(file, delimiter=separator).writerows([["filepath", "title", "kind"], *rows])
+            rows = [[f"pets/{split}/cat/{i}.png", f"picture {i}", "ab"[i // 2]] for i in (0, 2)]
+            table(root / f"{split}.{form}", [["filepath", "title", "kind"], *rows], separator)
     (root / "cb" / "classnames.txt").write_text("banded\nblotchy\n")
-    shard(root / "pool" / "0.tar", 5, {"txt": lambda i: f"number {i}"})
-    shard(root / "pool" / "1.tar", 5, {"txt": lambda i: f"number {5 + i}"})
+    shard(root / "pool" / "0.tar", numbered(5, txt=lambda i: f"number {i}"))
+    shard(root / "pool" / "1.tar", numbered(5, txt=lambda i: f"number {5 + i}"))
     return {
         "image_size": 32,
         "pretraining": [

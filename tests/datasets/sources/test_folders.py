@@ -72,15 +72,6 @@ def test_two_folders_of_one_name_are_a_mistake(tmp_path):
         Folder(root)
 
 
-def test_splits_number_their_classes_together(tmp_path):
-    train = Folder(classes(tmp_path / "train", "ant", "cat", "dog"))
-    test = Folder(classes(tmp_path / "test", "bee", "dog"))
-    for split in (train, test):
-        split.agree([train, test])
-        assert split.classes == ["ant", "bee", "cat", "dog"]
-    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 2, 3], [1, 3])
-
-
 def test_a_picture_that_changes_changes_the_key(tmp_path):
     root = classes(tmp_path, "ant", "cat")
     key = Folder(root).key()
