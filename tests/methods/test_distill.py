@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from lives import assert_same, live
+from small_runs import assert_same, run_method
 from torch import nn
 
 from fomo.clip import encode
@@ -130,10 +130,10 @@ def test_mistakes_are_refused():
 
 
 def test_without_weight_it_is_finetuning(small_scale, tmp_path):
-    finetuned = live(small_scale, tmp_path / "finetune", "{name: finetune}")
-    assert_same(finetuned, live(small_scale, tmp_path / "distill", "{name: distill, weight: 0}"))
+    finetuned = run_method(small_scale, tmp_path / "finetune", "{name: finetune}")
+    assert_same(finetuned, run_method(small_scale, tmp_path / "distill", "{name: distill, weight: 0}"))
 
 
 def test_a_run_cut_within_an_update_ends_bit_identically(small_scale, tmp_path):
-    whole = live(small_scale, tmp_path / "whole", "{name: distill, weight: 5}")
-    assert_same(whole, live(small_scale, tmp_path / "cut", "{name: distill, weight: 5}", cut=6))
+    whole = run_method(small_scale, tmp_path / "whole", "{name: distill, weight: 5}")
+    assert_same(whole, run_method(small_scale, tmp_path / "cut", "{name: distill, weight: 5}", cut=6))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from lives import assert_same, live
+from small_runs import assert_same, run_method
 from torch import nn
 
 from fomo.errors import FieldError
@@ -147,8 +147,8 @@ def test_mistakes_are_refused():
 
 
 def test_without_strength_it_is_finetuning(small_scale, tmp_path):
-    finetuned = live(small_scale, tmp_path / "finetune", "{name: finetune}")
-    assert_same(finetuned, live(small_scale, tmp_path / "ewc", "{name: ewc, strength: 0}"))
+    finetuned = run_method(small_scale, tmp_path / "finetune", "{name: finetune}")
+    assert_same(finetuned, run_method(small_scale, tmp_path / "ewc", "{name: ewc, strength: 0}"))
 
 
 def test_strength_holds_the_weights_back():
@@ -168,5 +168,5 @@ def test_strength_holds_the_weights_back():
 
 def test_a_run_cut_within_an_update_ends_bit_identically(small_scale, tmp_path):
     method = "{name: ewc, strength: 100, decay: 0.9, samples: 24}"
-    whole = live(small_scale, tmp_path / "whole", method)
-    assert_same(whole, live(small_scale, tmp_path / "cut", method, cut=6))
+    whole = run_method(small_scale, tmp_path / "whole", method)
+    assert_same(whole, run_method(small_scale, tmp_path / "cut", method, cut=6))

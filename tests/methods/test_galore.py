@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from lives import assert_same, live
+from small_runs import assert_same, run_method
 from torch import nn
 
 from fomo.errors import FieldError
@@ -149,5 +149,5 @@ def test_mistakes_are_refused():
 
 def test_a_run_cut_within_an_update_ends_bit_identically(small_scale, tmp_path):
     method = "{name: galore, rank: 4, gap: 3}"
-    whole = live(small_scale, tmp_path / "whole", method)
-    assert_same(whole, live(small_scale, tmp_path / "cut", method, cut=6))
+    whole = run_method(small_scale, tmp_path / "whole", method)
+    assert_same(whole, run_method(small_scale, tmp_path / "cut", method, cut=6))

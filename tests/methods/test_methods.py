@@ -3,8 +3,8 @@
 import open_clip
 import pytest
 import torch
-from lives import assert_same, live
 from safetensors.torch import load_file
+from small_runs import assert_same, run_method
 
 from fomo.clip import contrastive_loss, encode
 from fomo.errors import FieldError
@@ -39,8 +39,8 @@ def test_the_same_seed_gives_the_same_weights(name, small_scale, tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_life_cut_in_the_middle_ends_bit_identical_and_opens_in_open_clip(name, small_scale, tmp_path):
-    whole = live(small_scale, tmp_path / "whole", f"{{name: {name}}}")
-    assert_same(whole, live(small_scale, tmp_path / "cut", f"{{name: {name}}}", cut=6))
+    whole = run_method(small_scale, tmp_path / "whole", f"{{name: {name}}}")
+    assert_same(whole, run_method(small_scale, tmp_path / "cut", f"{{name: {name}}}", cut=6))
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/whole/model")
     assert_same(whole, model.state_dict())
 

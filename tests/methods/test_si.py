@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lives import assert_same, live
+from small_runs import assert_same, run_method
 from torch import nn
 
 from fomo.errors import FieldError
@@ -149,12 +149,12 @@ def test_mistakes_are_refused():
 
 
 def test_without_strength_it_is_finetuning(small_scale, tmp_path):
-    finetuned = live(small_scale, tmp_path / "finetune", "{name: finetune}")
-    assert_same(finetuned, live(small_scale, tmp_path / "si", "{name: si, strength: 0}"))
+    finetuned = run_method(small_scale, tmp_path / "finetune", "{name: finetune}")
+    assert_same(finetuned, run_method(small_scale, tmp_path / "si", "{name: si, strength: 0}"))
 
 
 @pytest.mark.parametrize("cut", [2, 6])  # what the path of the first update is worth shows in the second
 def test_a_run_cut_within_an_update_ends_bit_identically(small_scale, tmp_path, cut):
     method = "{name: si, strength: 50}"
-    whole = live(small_scale, tmp_path / "whole", method)
-    assert_same(whole, live(small_scale, tmp_path / "cut", method, cut=cut))
+    whole = run_method(small_scale, tmp_path / "whole", method)
+    assert_same(whole, run_method(small_scale, tmp_path / "cut", method, cut=cut))
