@@ -17,9 +17,11 @@ from functools import cache
 from multiprocessing import forkserver
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -104,6 +106,20 @@ def after_steps(steps: int, act: Callable) -> Iterator[None]:
 
 def terminate(*_) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def picture(path: Path, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def class_folders(root: Path, names: list[str], each: int) -> Path:
+    """So many pictures of noise of each class."""
+    for c, name in enumerate(names):
+        for n in range(each):
+            picture(root / name / f"{n}.png", 1000 * c + n)
+    return root
 
 
 def lines(path: Path) -> list[dict]:

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from small_runs import (
     CPU,
     ROOT,
     Child,
     after_steps,
+    class_folders,
     environments,
     lines,
     on_ranks,
@@ -302,11 +302,7 @@ def lose_pictures() -> None:
 
 
 def test_the_first_rank_speaks_for_all(small_scale, tmp_path):
-    pictures = tmp_path / "pictures"
-    for name in ("red", "blue", "green"):
-        (pictures / name).mkdir(parents=True)
-        for number in range(10):
-            Image.new("RGB", (40, 32), name).save(pictures / name / f"{number}.png")
+    pictures = class_folders(tmp_path / "pictures", ["red", "blue", "green"], 10)
     arguments = ["--data", pictures, "--scale", small_scale, "--set", "budget.steps=2"]
     statuses, (first, second) = command(tmp_path, *arguments)
     assert statuses == [0, 0] and "in 1 update; report:" in first and second == ""

@@ -11,13 +11,12 @@ import tarfile
 import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from small_runs import invoke, recipe_of, run, weights_of
+from small_runs import class_folders, invoke, picture, recipe_of, run, weights_of
 
 from fomo.clip import load as load_model
 from fomo.datasets.cache import decode
@@ -28,19 +27,6 @@ from fomo.datasets.sources.tables import Table
 from fomo.datasets.sources.webdataset import Webdataset
 from fomo.errors import UserError
 from fomo.load_recipe import load
-
-
-def picture(path: Path, seed: int = 0) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def class_folders(root: Path, names: list[str], each: int) -> Path:
-    for c, name in enumerate(names):
-        for n in range(each):
-            picture(root / name / f"{n}.png", 1000 * c + n)
-    return root
 
 
 def updated(scale: Path, folder: Path, content: dict, *overrides: str) -> list[dict]:
