@@ -5,13 +5,11 @@
 The same machine, torch build and thread count give the same lines; nothing is compared across machines.
 """
 
-import contextlib
 import csv
 import hashlib
 import io
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -21,7 +19,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import click
 import numpy as np
 import torch
 from PIL import Image
@@ -31,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from conftest import SMALL_DATA, SMALL_SCALE  # noqa: E402
+from small_runs import invoke  # noqa: E402
 
 from fomo.datasets.mixture import Batches  # noqa: E402
 
@@ -135,15 +133,10 @@ def merges(place: Path) -> Iterator[str]:
 
 def call(*arguments: object) -> str:
     """Run a command of the command line in this process; -> what it prints."""
-    out, err = io.StringIO(), io.StringIO()
-    cli = runpy.run_path(str(ROOT / "fomo.py"))["cli"]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main([str(word) for word in arguments], standalone_mode=False)
-    except (click.exceptions.Exit, SystemExit) as end:
-        if code := getattr(end, "exit_code", getattr(end, "code", 0)):
-            raise RuntimeError(f"{arguments}: exit status {code}: {err.getvalue()[-500:]}") from None
-    return out.getvalue()
+    done = invoke(*arguments)
+    if done.exit_code:
+        raise RuntimeError(f"{arguments}: exit status {done.exit_code}: {done.stderr[-500:]}")
+    return done.stdout
 
 
 def run(*arguments: object, out: Path) -> str:

@@ -10,113 +10,37 @@ everything: starting Python would take three times as long as the run.
 
 import filecmp
 import json
-import multiprocessing
 import os
 import random
-import runpy
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from multiprocessing import forkserver
+from functools import partial
 from pathlib import Path
 
 import click
-import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from conftest import SMALL_DATA, SMALL_SCALE  # noqa: E402
-
-import fomo.update  # noqa: E402
-from fomo.runs.folder import checkpoints  # noqa: E402
+from small_runs import FORKS, Child  # noqa: E402
 
 CHANGES = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 WRITES = os.O_WRONLY | os.O_RDWR
 UNEQUAL = ("seconds", "peak_memory", "samples_per_second", "data_wait")  # of two runs of the same recipe
 WORKERS = (0, 1, 3)
-FORKS = multiprocessing.get_context("forkserver")
-
-
-class Child:
-    """A process of the command line, in a process group of its own, from a server that has imported everything."""
-
-    report = True  # whether a run draws one at its end, which takes half of the time
-
-    def __init__(self, place: Path, *arguments: object, fault: Callable[[], None] | None = None):
-        serve()
-        self.log = place / "log.txt"
-        place.mkdir(exist_ok=True)
-        self.process = FORKS.Process(
-            target=enter, args=(place, [str(a) for a in arguments], fault, self.report)
-        )
-        self.process.start()
-
-    def end(self) -> int:
-        """Wait for it; -> its exit status, as of a shell."""
-        self.process.join(120)
-        code = self.process.exitcode
-        self.process.close()
-        return code if code >= 0 else 128 - code
-
-    def kill_after(self, seconds: float) -> int:
-        self.process.join(seconds)
-        self.process.kill()
-        return self.end()
-
-    def signal_when(self, ready: Callable[[], bool], signum: int) -> int:
-        """Send a signal; Ctrl-C goes to the data workers, too, as from a terminal. -> the exit status."""
-        while self.process.is_alive() and not ready():
-            time.sleep(0.002)
-        (os.killpg if signum == signal.SIGINT else os.kill)(self.process.pid, signum)
-        return self.end()
-
-
-@cache
-def serve() -> None:
-    """Start the server that children are forked from."""
-    FORKS.set_forkserver_preload(["soak"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-        forkserver.ensure_running()
-
-
-def enter(place: Path, arguments: list[str], fault: Callable[[], None] | None, report: bool) -> None:
-    """In the child: `place` has its cache and its output."""
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # of data workers, as anywhere but in this child
-    with open(place / "log.txt", "wb") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    os.environ["FOMO_CACHE"] = str(place / "cache")
-    torch.set_num_threads(1)
-    fomo.update.CHECKPOINT_SECONDS, fomo.update.LOG_EVERY = 0, 3  # checkpoints within updates that are short
-    if not report:
-        fomo.update.write_report = str
-    if fault:
-        fault()
-    runpy.run_path(str(ROOT / "fomo.py"))["cli"](arguments, prog_name="fomo")
 
 
 def update(scale: Path, place: Path, workers: int = 0) -> list[object]:
     """The arguments that begin the run in `place`, or go on with it."""
-    said = [
-        "--recipe",
-        ROOT / "recipes/merge.yaml",
-        "--set",
-        "budget.steps=10",
-        "--set",
-        "evaluation.keeps=[0,0.5]",
-    ]
+    settings = ["--set", "budget.steps=6", "--set", "evaluation.keeps=[0,0.5]", "--workers", workers]
     where = ["--scale", scale, "--out", place / "run", "--device", "cpu", "--resume"]
-    return ["update", *said, *where, "--workers", workers]
+    return ["update", "--recipe", ROOT / "recipes/merge.yaml", *settings, *where]
 
 
 # --- faults ----------------------------------------------------------------------------------------------
@@ -175,10 +99,8 @@ def contents(folder: Path) -> set[str]:
 
 def ended(state: Path) -> dict[str, dict]:
     """What training goes on from after each update."""
-    kept = {
-        path.name.split("-")[0]: torch.load(path, weights_only=True) for path in state.glob("update_*.pt")
-    }
-    return {n: {k: v for k, v in c.items() if k not in ("position", "logs")} for n, c in kept.items()}
+    states = {path.name.split("-")[0]: torch.load(path) for path in state.glob("update_*.pt")}
+    return {n: {k: v for k, v in c.items() if k not in ("position", "logs")} for n, c in states.items()}
 
 
 def equal(a: object, b: object) -> bool:
@@ -219,7 +141,7 @@ def where(place: Path) -> str:
     """How far a killed run had come."""
     if not contents(place / "cache/models"):
         return "base model"
-    if not checkpoints(place / "run/state"):
+    if not list((place / "run/state").glob("*-*.pt")):
         return "caches, first evaluation"
     scored = len((place / "run/metrics.jsonl").read_text().splitlines()) - 1
     return f"after {scored} of 3 updates"
@@ -243,6 +165,7 @@ def main(instants, changes, seed):
     """Print a line per kill, then how many runs ended identical."""
     began, seconds, totals, identical = time.monotonic(), [], [], 0
     count = FORKS.RawValue("i", 0)
+    Child.report = True
     with tempfile.TemporaryDirectory() as name:
         root, scale = Path(name), Path(name) / "small.yaml"
         (root / "data.yaml").write_text(SMALL_DATA)

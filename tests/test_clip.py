@@ -9,6 +9,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from small_runs import assert_same
 
 from fomo.clip import Features, contrastive_loss, encode, encode_text, load, new, save, trimmable
 from fomo.errors import UserError
@@ -102,19 +103,14 @@ with torch.no_grad():
         torch.testing.assert_close(encode_text(clip.model, tokens), text_features, atol=1e-6, rtol=0)
 
 
-def test_loading_gives_back_what_was_saved(clip, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"quick_gelu": True}])
+def test_loading_gives_back_what_was_saved(more, tmp_path):
+    clip = new({**CONFIG, **more}, seed=0)
     save(clip, tmp_path)
     again = load(None, str(tmp_path))
     assert again.config == clip.config
     assert (again.image_size, again.mean, again.std) == (32, clip.mean, clip.std)
-    for name, tensor in clip.model.state_dict().items():
-        assert torch.equal(tensor, again.model.state_dict()[name])
-
-
-def test_quick_gelu_survives_saving(tmp_path):
-    clip = new({**CONFIG, "quick_gelu": True}, seed=0)
-    save(clip, tmp_path)
-    again = load(None, str(tmp_path))
+    assert_same(again.model.state_dict(), clip.model.state_dict())
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         a, b = (c.model.eval().encode_image(images) for c in (clip, again))
@@ -128,26 +124,23 @@ def test_features_lie_on_the_unit_sphere(clip):
 
 
 def test_mistakes_are_one_line(tmp_path):
-    hostile = tmp_path / "hostile.pt"
-    hostile.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    """Pickles that would run code: tests/test_hostile.py."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.pt").write_bytes(b"not tensors")
     torch.save({"a": torch.zeros(2)}, tmp_path / "alien.pt")
     cases = [
-        ("ViT-B-23", "laion2b_s34b_b79k", "nearest: "),
-        ("ViT-B-32", None, "say which weights, accepted: ViT-B-32/TAG"),
-        ("ViT-B-32", "nope", "unknown weights 'nope'"),
-        (None, str(tmp_path / "gone.pt"), "no such file"),
+        ("ViT-B-23", "laion2b_s34b_b79k", "ViT-B-32"),
+        ("ViT-B-32", None, "accepted: ViT-B-32/"),
+        ("ViT-B-32", "nope", "'nope'"),
+        (None, str(tmp_path / "gone.pt"), "gone.pt"),
         (None, str(tmp_path / "empty"), "open_clip_config.json"),
         (None, str(tmp_path / "other.pt"), "not a file of tensors"),
-        (None, str(tmp_path / "alien.pt"), "fits no architecture"),
-        (None, str(hostile), "not a file of tensors"),
+        (None, str(tmp_path / "alien.pt"), "alien.pt"),
     ]
     for name, pretrained, expected in cases:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=expected) as caught:
             load(name, pretrained)
-        assert expected in str(caught.value) and "\n" not in str(caught.value)
-    assert not (tmp_path / "ran").exists()
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -1,80 +1,39 @@
 """Two processes that train together do what one does alone."""
 
-import json
-import os
-import runpy
-import socket
-import sys
-from collections.abc import Callable
 from itertools import zip_longest
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from lives import stop_after, terminate
-from PIL import Image
-from safetensors.torch import load_file
+from small_runs import (
+    CPU,
+    ROOT,
+    Child,
+    after_steps,
+    class_folders,
+    environments,
+    lines,
+    on_ranks,
+    recipe_of,
+    run,
+    terminate,
+    weights_of,
+)
 from torch import Tensor
 
 import fomo.datasets.features
-import fomo.update
 from fomo.datasets import datafile
 from fomo.datasets.features import image_features, text_features
 from fomo.datasets.mixture import Batches, pool_of
 from fomo.datasets.samples import Collection, Samples
-from fomo.distributed import ALONE, Ranks, joined
+from fomo.distributed import ALONE, Ranks
 from fomo.errors import FieldError, Interrupted, UserError
 from fomo.eval.zero_shot import class_features
-from fomo.load_recipe import load
 from fomo.methods import Method
 from fomo.pretrain import starting_model
-from fomo.recipe import Optimizer
-from fomo.runs.folder import Run
+from fomo.recipe import Optimizer, Recipe
 from fomo.train import Precision, train
-from fomo.update import live_through
-
-ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
-FORKS = get_context("forkserver")  # from a process that has imported everything
-LIFE = ["stream.updates=2", "evaluation.frozen=false", "optimizer.lr=1e-3"]
-# Some gradients are pure rounding (the key's bias in an attention): AdamW would make whole steps of them.
-SETTLED = "optimizer.eps=1e-4"
-
-
-def together(function: Callable, *arguments, count: int = 2) -> list:
-    """function(ranks, *arguments) on every rank, or command(*arguments) -> what each returned."""
-    FORKS.set_forkserver_preload(["pytest", "fomo.update"])
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    place |= {"WORLD_SIZE": str(count), "FOMO_CACHE": os.environ["FOMO_CACHE"]}
-    pipes, processes = [], []
-    for number in range(count):
-        ours, theirs = FORKS.Pipe()
-        environment = {**place, "RANK": str(number)}
-        processes.append(FORKS.Process(target=enter, args=(theirs, environment, function, arguments)))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    try:
-        assert all(pipe.poll(120) for pipe in pipes), "a rank hangs"
-        return [pipe.recv() for pipe in pipes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def enter(pipe, environment: dict, function: Callable, arguments: tuple) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    if function is command:  # joins by itself
-        pipe.send(command(*arguments))
-        return
-    with joined("cpu") as ranks:
-        pipe.send(function(ranks, *arguments))
-        pipe.recv()  # tensors are fetched from a process that lives; `together` kills it
-
 
 # --- messages --------------------------------------------------------------------------------------------
 
@@ -92,8 +51,8 @@ def messages(ranks: Ranks) -> dict:
             lambda: {"number": ranks.rank, "tensor": torch.ones(2), "path": ROOT}
         ),
         "whole": whole.detach(),
-        "own": ranks.own_rows(whole).equal(rows),
-        "slopes": rows.grad.equal(2 * rows.detach()),
+        "rows of it": ranks.own_rows(whole).equal(rows),
+        "gradients": rows.grad.equal(2 * rows.detach()),
         "sums": [s.unique().tolist() for s in sums],
         "rows": rows_of(ranks),
     }
@@ -110,23 +69,23 @@ def rows_of(ranks: Ranks) -> Tensor:
     return matrix
 
 
-def test_ranks_gather_in_the_order_of_the_batch_and_slopes_come_back():
-    for said in together(messages):
-        assert said["highest"] == 1 and said["own"] and said["slopes"]
-        assert said["first"] == {"number": 0, "tensor": said["first"]["tensor"], "path": ROOT}
-        assert said["whole"].tolist() == [[0, 1], [10, 11], [2, 3], [12, 13]]
-        assert said["sums"] == [[3], [2], [2]]
+def test_ranks_gather_in_the_order_of_the_batch_and_gradients_come_back():
+    for found in on_ranks(messages):
+        assert found["highest"] == 1 and found["rows of it"] and found["gradients"]
+        assert found["first"] == {"number": 0, "tensor": found["first"]["tensor"], "path": ROOT}
+        assert found["whole"].tolist() == [[0, 1], [10, 11], [2, 3], [12, 13]]
+        assert found["sums"] == [[3], [2], [2]]
         expected = torch.zeros(2**13, 64)
         expected[:2] = torch.linspace(-1, 0, 64)
         expected[5, 3], expected[7, 8] = 3, torch.nan
-        torch.testing.assert_close(said["rows"], expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(found["rows"], expected, rtol=0, atol=0, equal_nan=True)
 
 
 # --- batches and steps -----------------------------------------------------------------------------------
 
 
 def clip_and_batches(scale: Path, size: int, count: int) -> tuple:
-    recipe = load(None, scale=str(scale))
+    recipe = recipe_of(scale)
     clip = starting_model(recipe.model, CPU)
     data = datafile.read(recipe.data)
     pool = Collection([Samples(s, clip, clip.image_size, "pool") for s in data.pool()])
@@ -166,10 +125,10 @@ def train_steps(ranks: Ranks, scale: Path, count: int, options: dict) -> dict:
     return {"read": np.array(read).tolist(), "proj": clip.model.visual.proj.detach()}
 
 
-@pytest.mark.parametrize(("count", "options"), [(50, {}), (4, {"accumulate": 3})])
+@pytest.mark.parametrize(("count", "options"), [(20, {}), (4, {"accumulate": 3})])
 def test_losses_norms_and_scales_are_those_of_one_process(small_scale, count, options):
     alone = train_steps(ALONE, small_scale, count, {})
-    first, second = together(train_steps, small_scale, count, options)
+    first, second = on_ranks(train_steps, small_scale, count, options)
     assert first["read"] == second["read"] and first["proj"].equal(second["proj"])
     losses, norms, scales = (np.array([run["read"] for run in (first, alone)])[..., i] for i in range(3))
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
@@ -184,7 +143,7 @@ def test_losses_norms_and_scales_are_those_of_one_process(small_scale, count, op
 def features(ranks: Ranks, scale: Path) -> dict:
     """Of 7 pictures and 7 texts, in blocks of 2 a rank, and of one alone."""
     fomo.datasets.features.IMAGES = fomo.datasets.features.TEXTS = 2
-    recipe = load(None, scale=str(scale))
+    recipe = recipe_of(scale)
     clip = starting_model(recipe.model, CPU)
     clip.model.eval()
     samples = Samples(datafile.read(recipe.data).pool()[0], clip, clip.image_size, "pool")
@@ -202,43 +161,50 @@ def features(ranks: Ranks, scale: Path) -> dict:
 def test_encoding_is_shared_and_every_rank_has_all_of_it(small_scale, monkeypatch):
     for name in ("IMAGES", "TEXTS"):
         monkeypatch.setattr(fomo.datasets.features, name, 2)
-    alone, ranks = features(ALONE, small_scale), together(features, small_scale)
+    alone, ranks = features(ALONE, small_scale), on_ranks(features, small_scale)
     assert len(alone["images"]) == 7 and sum(alone["ticks"]) == 7 and ranks[0]["ticks"] == [4, 3]
     for name in ("images", "texts", "classes"):
-        for own in ranks:
-            torch.testing.assert_close(own[name], alone[name], rtol=0, atol=2e-6)
+        for there in ranks:
+            torch.testing.assert_close(there[name], alone[name], rtol=0, atol=2e-6)
         assert ranks[0][name].equal(ranks[1][name])
 
 
-# --- lives -----------------------------------------------------------------------------------------------
+# --- runs ------------------------------------------------------------------------------------------------
 
 
-def recipe_of(scale: Path, method: str, *more: str):
-    return load(None, scale=str(scale), overrides=[*LIFE, SETTLED, f"method={method}", *more])
+def two_updates(scale: Path, method: str, *more: str) -> Recipe:
+    # Some gradients are pure rounding (the key's bias in an attention): AdamW would make whole steps of them.
+    settings = ["optimizer.lr=1e-3", "optimizer.eps=1e-4", "evaluation.frozen=false", "stream.updates=2"]
+    return recipe_of(scale, *settings, f"method={method}", *more)
 
 
-def lived(
-    ranks: Ranks,
-    recipe,
-    folder: Path,
-    cut: tuple[int, int] | None = None,
-    resume: bool = False,
-    workers: int = 0,
+def ended(
+    ranks: Ranks, recipe: Recipe, folder: Path, cut: tuple[int, int] = (0, 0), resume=False, workers=0
 ) -> int:
-    """-> the signal that ended it. cut: which rank gets one after how many steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        if cut and cut[0] == ranks.rank:
-            stop_after(patch, cut[1], terminate)
+    """-> the signal that ended a run. cut: which rank gets one after how many steps."""
+    with after_steps(cut[1] if cut[0] == ranks.rank else 0, terminate):
         try:
-            live_through(recipe, folder, resume=resume, device="cpu", workers=workers, ranks=ranks)
+            run(recipe, folder, resume=resume, workers=workers, ranks=ranks)
         except Interrupted as stop:
             return stop.signum
     return 0
 
 
-def assert_close(a: Path, b: Path, update: int = 2) -> None:
-    """Deployed weights of an update, and everything that the logs say of the model."""
-    one, two = (load_file(folder / f"weights/update_{update:03d}.safetensors") for folder in (a, b))
+@pytest.fixture
+def alone(small_scale, tmp_path):
+    """The run of a method in one process."""
+
+    def of(method: str) -> tuple[Recipe, Path]:
+        recipe = two_updates(small_scale, method)
+        run(recipe, tmp_path / "alone")
+        return recipe, tmp_path / "alone"
+
+    return of
+
+
+def assert_close(a: Path, b: Path) -> None:
+    """Deployed weights of the last update, and everything that the logs say of the model."""
+    one, two = (weights_of(folder, 2) for folder in (a, b))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
     assert losses(a) == pytest.approx(losses(b), abs=1e-5)
@@ -258,10 +224,6 @@ def losses(folder: Path) -> dict[int, float]:
     return sums
 
 
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def names(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)).split("-")[0] for p in folder.rglob("*"))
 
@@ -277,107 +239,86 @@ def names(folder: Path) -> list[str]:
     ],
     ids=lambda method: method.split(",")[0].strip("{}").split()[1],
 )
-def test_a_life_of_two_ranks_ends_as_that_of_one(method, small_scale, tmp_path):
+def test_a_run_of_two_ranks_ends_as_that_of_one(method, alone, tmp_path):
     """TIES of all experts keeps them in the folder, which only the first rank may write."""
-    recipe = recipe_of(small_scale, method)
-    lived(ALONE, recipe, tmp_path / "one")
-    assert together(lived, recipe, tmp_path / "two") == [0, 0]
-    assert_close(tmp_path / "one", tmp_path / "two")
-    assert names(tmp_path / "one") == names(tmp_path / "two")
-    start = load_file(tmp_path / "two/weights/update_000.safetensors")
-    end = load_file(tmp_path / "two/weights/update_002.safetensors")
+    recipe, one = alone(method)
+    two = tmp_path / "two"
+    assert on_ranks(ended, recipe, two) == [0, 0]
+    assert_close(one, two)
+    assert names(one) == names(two)
+    start, end = weights_of(two, 0), weights_of(two, 2)
     assert max((start[n] - end[n]).abs().max() for n in start) > 1e-3
 
 
 @pytest.mark.parametrize("cut", [(1, 2), (0, 6)])
-def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(cut, small_scale, tmp_path):
-    recipe = recipe_of(small_scale, "{name: merge}")
-    lived(ALONE, recipe, tmp_path / "whole")
-    assert together(lived, recipe, tmp_path / "cut", cut) == [15, 15]
-    run, checkpoint = Run.open(tmp_path / "cut", recipe, resume=True)
-    run.close()
-    assert 4 * run.position.update + run.position.step == cut[1] and "ranks" not in checkpoint["position"]
-    lived(ALONE, recipe, tmp_path / "cut", resume=True)
-    assert_close(tmp_path / "whole", tmp_path / "cut")
+def test_a_signal_to_one_rank_stops_all_and_another_number_of_ranks_goes_on(cut, alone, tmp_path):
+    recipe, whole = alone("{name: merge}")
+    assert on_ranks(ended, recipe, tmp_path / "cut", cut) == [15, 15]
+    newest = torch.load(max((tmp_path / "cut/state").glob("0*.pt")))["position"]
+    assert 4 * newest["update"] + newest["step"] == cut[1] and "ranks" not in newest
+    run(recipe, tmp_path / "cut", resume=True)
+    assert_close(whole, tmp_path / "cut")
 
 
-def test_two_ranks_go_on_where_one_stopped(small_scale, tmp_path):
-    recipe = recipe_of(small_scale, "{name: lora}")
-    lived(ALONE, recipe, tmp_path / "whole")
-    lived(ALONE, recipe, tmp_path / "cut", (0, 5))
-    assert together(lived, recipe, tmp_path / "cut", None, True, 1) == [0, 0]
-    assert_close(tmp_path / "whole", tmp_path / "cut")
+def test_two_ranks_go_on_where_one_stopped(alone, tmp_path):
+    recipe, whole = alone("{name: lora}")
+    assert ended(ALONE, recipe, tmp_path / "cut", (0, 5)) == 15
+    assert on_ranks(ended, recipe, tmp_path / "cut", (0, 0), True, 1) == [0, 0]
+    assert_close(whole, tmp_path / "cut")
 
 
 def test_ranks_agree_on_the_steps_that_an_hour_buys(small_scale, tmp_path):
-    recipe = recipe_of(small_scale, "{name: finetune}", "stream.updates=1", "budget.hours=0.0008")
-    assert together(lived, recipe, tmp_path / "run") == [0, 0]
+    recipe = two_updates(small_scale, "{name: finetune}", "stream.updates=1", "budget.hours=0.0008")
+    assert on_ranks(ended, recipe, tmp_path / "run") == [0, 0]
     assert lines(tmp_path / "run/metrics.jsonl")[-1]["steps"] > 5
 
 
-def test_a_batch_must_be_divisible_among_the_ranks(small_scale, tmp_path):
-    for found, problem in (("batch_size=13", "13 pairs for 2 ranks, accepted: a multiple of 2"),
-                           ("accumulate=7", "7 parts of the 6 pairs of a rank")):  # fmt: skip
-        recipe = recipe_of(small_scale, "{name: finetune}", f"optimizer.{found}")
-        with pytest.raises(FieldError, match=problem):
-            live_through(recipe, tmp_path / "run", resume=False, device="cpu", ranks=Ranks(1, 2))
+@pytest.mark.parametrize("field, value", [("optimizer.batch_size", 13), ("optimizer.accumulate", 7)])
+def test_a_batch_must_be_divisible_among_the_ranks(field, value, small_scale, tmp_path):
+    recipe = two_updates(small_scale, "{name: finetune}", f"{field}={value}")
+    with pytest.raises(FieldError, match=f"{field}: {value} p") as caught:
+        run(recipe, tmp_path / "run", ranks=Ranks(1, 2))
+    assert caught.value.field == field
 
 
 # --- the command -----------------------------------------------------------------------------------------
 
 
-def command(place: Path, arguments: list[str], fault: Callable[[], None] | None = None) -> int:
-    """`fomo.py` on one rank, which says what it says into a file; -> its exit status. fault: of rank 1."""
-    with open(place / f"rank{os.environ['RANK']}.txt", "w") as file:
-        sys.stdout = sys.stderr = file
-        if fault and os.environ["RANK"] == "1":
-            fault()
-        try:
-            runpy.run_path(str(ROOT / "fomo.py"))["cli"](arguments)
-        except SystemExit as end:
-            return end.code
-        finally:
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+def command(place: Path, *arguments: object, fault=None) -> tuple[list[int], list[str]]:
+    """The command line on two ranks -> their exit statuses and what they say. fault: of the second."""
+    arguments = ["update", *arguments, "--out", place / "run", "--device", "cpu"]
+    children = [
+        Child(place / f"rank{number}", *arguments, fault=fault if number else None, **environment)
+        for number, environment in enumerate(environments())
+    ]
+    return [child.end() for child in children], [child.log.read_text() for child in children]
 
 
 def lose_pictures() -> None:
-    def lost(self, step):
+    def lost(batches, step):
         raise UserError("no picture of the update pool can be read")
 
     Batches.__getitem__ = lost
 
 
 def test_the_first_rank_speaks_for_all(small_scale, tmp_path):
-    pictures = tmp_path / "pictures"
-    for name in ("red", "blue", "green"):
-        (pictures / name).mkdir(parents=True)
-        for number in range(10):
-            Image.new("RGB", (40, 32), name).save(pictures / name / f"{number}.png")
-    arguments = [
-        "update",
-        "--data",
-        str(pictures),
-        "--scale",
-        str(small_scale),
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    assert together(command, tmp_path, [*arguments, "--set", "budget.steps=2", "--device", "cpu"]) == [0, 0]
-    first, second = ((tmp_path / f"rank{number}.txt").read_text() for number in (0, 1))
-    assert "in 1 update; report:" in first and second == ""
+    pictures = class_folders(tmp_path / "pictures", ["red", "blue", "green"], 10)
+    arguments = ["--data", pictures, "--scale", small_scale, "--set", "budget.steps=2"]
+    statuses, (first, second) = command(tmp_path, *arguments)
+    assert statuses == [0, 0] and "in 1 update; report:" in first and second == ""
 
 
 @pytest.mark.parametrize(
-    ("said", "fault", "statuses", "line"),
+    ("setting", "fault", "statuses", "line"),
     [
-        ("optimizer.batch_size=13", None, [2, 2], "fomo: optimizer.batch_size: 13 pairs for 2 ranks"),
-        ("optimizer.batch_size=0", None, [2, 1], "fomo: command line: optimizer.batch_size: must be"),
-        ("seed=1", lose_pictures, [1, 2], "fomo: no picture of the update pool can be read"),
+        ("optimizer.batch_size=13", None, [2, 2], "optimizer.batch_size: 13 pairs"),
+        ("optimizer.batch_size=0", None, [2, 1], "optimizer.batch_size"),
+        ("seed=1", lose_pictures, [1, 2], "no picture of the update pool can be read"),
     ],
 )
-def test_a_failure_of_any_rank_ends_all_with_one_line(said, fault, statuses, line, small_scale, tmp_path):
-    arguments = ["update", "--recipe", str(ROOT / "recipes/finetune.yaml"), "--scale", str(small_scale)]
-    arguments += ["--set", said, "--out", str(tmp_path / "run"), "--device", "cpu"]
-    assert together(command, tmp_path, arguments, fault) == statuses
-    told = "".join((tmp_path / f"rank{number}.txt").read_text() for number in (0, 1))
+def test_a_failure_of_any_rank_ends_all_with_one_line(setting, fault, statuses, line, small_scale, tmp_path):
+    arguments = ["--recipe", ROOT / "recipes/finetune.yaml", "--scale", small_scale, "--set", setting]
+    found, logs = command(tmp_path, *arguments, fault=fault)
+    assert found == statuses
+    told = "".join(logs)
     assert told.count("fomo: ") == 1 and line in told and "Traceback" not in told

@@ -8,7 +8,9 @@ import speed as bench
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from small_runs import FORKS, serve
 
+import fomo.clip
 from fomo.clip import new
 from fomo.errors import UserError
 
@@ -47,19 +49,13 @@ def test_both_sides_see_the_same_pictures_and_captions(case, tmp_path, monkeypat
 
 
 def test_plain_gives_every_caption_the_whole_context_and_makes_no_cache(case, tmp_path, monkeypatch):
-    lengths = []
-    original = bench.train
+    lengths, encode_text = [], fomo.clip.encode_text
 
-    def spied(clip, method, optimizer, batches, rate, **how):
-        yield from original(clip, method, optimizer, seen(batches), rate, **how)
+    def spied(model, tokens):
+        lengths.append(tokens.shape[1])
+        return encode_text(model, tokens)
 
-    def seen(batches):
-        for batch in batches:
-            lengths.append(batch.tokens.shape[1])
-            yield batch
-
-    # Timed stays outermost, so that its clock can be read.
-    monkeypatch.setattr(bench, "train", spied)
+    monkeypatch.setattr(fomo.clip, "encode_text", spied)
     turn("plain", case, tmp_path, monkeypatch)
     assert lengths == [77] * 3
     assert not list((tmp_path / "cache").glob("pixels/*"))
@@ -107,6 +103,8 @@ def test_the_ratio_is_the_median_of_the_turns_ratios(case):
 def test_the_command_prints_the_rows_that_scripts_rely_on(monkeypatch):
     small = bench.Case("tiny", CONFIG, batch_size=4, steps=1, device="cpu", threads=1, workers=0)
     monkeypatch.setattr(bench, "case_of", lambda model, *_: replace(small, model=model))
+    serve()
+    monkeypatch.setattr("multiprocessing.get_context", lambda kind: FORKS)  # quicker than `spawn`
     result = CliRunner().invoke(bench.main, ["--json", "--model", "tiny", "--turns", "1"])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)["rows"]

@@ -5,6 +5,7 @@ from functools import partial
 import open_clip
 import pytest
 import torch
+from small_runs import CPU, recipe_of
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,32 +14,47 @@ from fomo.clip import contrastive_loss, encode, new
 from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches, pool_of
 from fomo.datasets.samples import Batch, Collection, Samples
-from fomo.load_recipe import load
 from fomo.methods import Method, build_method
 from fomo.methods.base import Inputs
 from fomo.pretrain import starting_model
 from fomo.recipe import Optimizer
 from fomo.train import Precision, backward, backward_in_parts, compiled, moved, on_device, train
 
-CPU = torch.device("cpu")
 SETTINGS = Optimizer(lr=1e-2, batch_size=8)
 
 
-def clip_and_batches(small_scale, size=8, count=4):
-    recipe = load(None, scale=str(small_scale))
+def clip_and_batches(small_scale):
+    recipe = recipe_of(small_scale)
     clip = starting_model(recipe.model, CPU)
-    data = datafile.read(recipe.data)
-    pool = Collection([Samples(s, clip, clip.image_size, "pool") for s in data.pool()])
-    return clip, Batches([("pretraining", pool_of(pool, (0,)), size)], 0, 0, count)
+    pool = Collection([Samples(s, clip, clip.image_size, "pool") for s in datafile.read(recipe.data).pool()])
+    return clip, Batches([("pretraining", pool_of(pool, (0,)), 8)], 0, 0, 4)
 
 
-def steps(small_scale, precision, **options):
+@pytest.fixture
+def clip_and_batch(small_scale):
+    clip, batches = clip_and_batches(small_scale)
+    return clip, next(iter(on_device(batches.loader(), clip, CPU)))
+
+
+def train_on(batches, clip, method, optimizer, precision="float32", max_scale=100.0, **options):
+    return train(clip, method, optimizer, batches, lambda step: 1e-2, device=CPU, clip_norm=1.0,
+                 precision=Precision(precision, CPU), max_scale=max_scale, **options)  # fmt: skip
+
+
+def steps(small_scale, precision="float32", **options):
     """Four steps on the pretraining pool -> (losses, the model, the batches)."""
     clip, batches = clip_and_batches(small_scale)
     optimizer = Method().optimizer(list(clip.model.parameters()), SETTINGS)
-    done = train(clip, Method(), optimizer, batches.loader(), lambda step: 1e-2, device=CPU,
-                 precision=Precision(precision, CPU), clip_norm=1.0, max_scale=100.0, **options)  # fmt: skip
+    done = train_on(batches.loader(), clip, Method(), optimizer, precision, **options)
     return [step.loss.item() for step in done], clip, batches
+
+
+def step_of(model, method, batch, parts=None):
+    """The loss and the gradients of a batch; in parts, or of the whole at once."""
+    model.zero_grad()
+    how = model, encode, method, batch, Precision("float32", CPU)
+    loss = backward_in_parts(*how, parts) if parts else backward(*how)
+    return loss, gradients(model)
 
 
 def gradients(model):
@@ -52,8 +68,8 @@ def assert_close(a, b):
 
 
 def test_a_step_is_open_clips_loss_clipping_and_adamw(small_scale):
-    losses, ours, batches = steps(small_scale, "float32")
-    clip = starting_model(load(None, scale=str(small_scale)).model, CPU)
+    losses, ours, batches = steps(small_scale)
+    clip, _ = clip_and_batches(small_scale)
     optimizer = torch.optim.AdamW(clip.model.parameters(), lr=1e-2, weight_decay=0.2)
     expected = []
     for inputs in on_device(batches.loader(), clip, CPU):
@@ -75,7 +91,7 @@ def test_a_step_is_open_clips_loss_clipping_and_adamw(small_scale):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_follows_float32_with_float32_weights(small_scale, precision):
     """The first loss is that of float32 up to rounding; later ones drift (fp16 skips steps that overflow)."""
-    full, _, _ = steps(small_scale, "float32")
+    full, _, _ = steps(small_scale)
     mixed, clip, _ = steps(small_scale, precision)
     assert mixed[0] == pytest.approx(full[0], rel=0.01) and mixed[0] != full[0]
     assert all(p.isfinite().all() for p in clip.model.parameters()) and mixed[-1] < mixed[0]
@@ -83,24 +99,14 @@ def test_mixed_precision_follows_float32_with_float32_weights(small_scale, preci
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
-def test_a_batch_in_parts_has_the_gradients_of_the_whole(small_scale, count):
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(clip_and_batch, count):
     """8 pairs also in 3 parts of unequal size, and one by one; the scale's gradient counts once."""
-    clip, batches = clip_and_batches(small_scale)
-    (batch, *_) = on_device(batches.loader(), clip, CPU)
-    whole = backward(clip.model, encode, Method(), batch, Precision("float32", CPU))
-    expected = gradients(clip.model)
-    clip.model.zero_grad()
-    loss = backward_in_parts(clip.model, encode, Method(), batch, Precision("float32", CPU), count)
+    clip, batch = clip_and_batch
+    whole, expected = step_of(clip.model, Method(), batch)
+    loss, found = step_of(clip.model, Method(), batch, count)
     assert loss.item() == pytest.approx(whole.item(), abs=1e-5) and not loss.requires_grad
-    assert_close(gradients(clip.model), expected)
+    assert_close(found, expected)
     assert expected["logit_scale"].abs() > 1e-4
-
-
-def test_training_in_parts_takes_the_same_steps(small_scale):
-    whole, one, _ = steps(small_scale, "float32")
-    parts, other, _ = steps(small_scale, "float32", accumulate=3)
-    assert parts == pytest.approx(whole, abs=1e-5)
-    assert other.model.logit_scale.item() == pytest.approx(one.model.logit_scale.item(), abs=1e-5)
 
 
 class Sigmoid(nn.Module):
@@ -114,16 +120,11 @@ class Sigmoid(nn.Module):
 
 
 def test_a_logit_bias_counts_once_too():
-    model = Sigmoid()
-    batch = Inputs(*torch.randn(2, 5, 3), torch.zeros(5, dtype=torch.int64))
-    backward(model, encode, Method(), batch, Precision("float32", CPU))
-    expected = gradients(model)
-    model.zero_grad()
-    backward_in_parts(model, encode, Method(), batch, Precision("float32", CPU), 2)
-    assert_close(gradients(model), expected)
+    model, batch = Sigmoid(), Inputs(*torch.randn(2, 5, 3), torch.zeros(5, dtype=torch.int64))
+    assert_close(step_of(model, Method(), batch, 2)[1], step_of(model, Method(), batch)[1])
 
 
-def test_penalties_of_parts_add_up(small_scale):
+def test_penalties_of_parts_add_up(clip_and_batch):
     """One that depends on the weights alone counts once; one that is a mean over pairs is their mean."""
 
     class Both(Method):
@@ -131,14 +132,11 @@ def test_penalties_of_parts_add_up(small_scale):
             weights = sum(p.square().sum() for p in model.parameters())
             return 0.1 * weights + (features.image_features * features.text_features).sum(1).mean()
 
-    clip, batches = clip_and_batches(small_scale)
-    (batch, *_) = on_device(batches.loader(), clip, CPU)
-    whole = backward(clip.model, encode, Both(), batch, Precision("float32", CPU))
-    expected = gradients(clip.model)
-    clip.model.zero_grad()
-    loss = backward_in_parts(clip.model, encode, Both(), batch, Precision("float32", CPU), 3)
+    clip, batch = clip_and_batch
+    whole, expected = step_of(clip.model, Both(), batch)
+    loss, found = step_of(clip.model, Both(), batch, 3)
     assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
-    assert_close(gradients(clip.model), expected)
+    assert_close(found, expected)
 
 
 def test_parts_have_the_mixture_of_the_batch():
@@ -151,8 +149,7 @@ def test_parts_have_the_mixture_of_the_batch():
             return 0.0
 
     pools = torch.tensor([0, 0, 1, 1, 2, 2])
-    batch = Inputs(*torch.randn(2, 6, 3), pools)
-    backward_in_parts(Sigmoid(), encode, Spy(), batch, Precision("float32", CPU), 2)
+    step_of(Sigmoid(), Spy(), Inputs(*torch.randn(2, 6, 3), pools), 2)
     assert seen == [[0, 1, 2], [0, 1, 2]]
 
 
@@ -165,12 +162,11 @@ def losses_of(small_scale, name, accumulate):
     if name == "ewc":
         method.after_update(clip.model, on_device(batches.loader(), clip, CPU))  # from here it has a penalty
     optimizer = method.optimizer(parameters, SETTINGS)
-    done = train(clip, method, optimizer, batches.loader(), lambda step: 1e-2, device=CPU, clip_norm=1.0,
-                 precision=Precision("float32", CPU), max_scale=None, accumulate=accumulate)  # fmt: skip
+    done = train_on(batches.loader(), clip, method, optimizer, max_scale=None, accumulate=accumulate)
     return [step.loss.item() for step in done]
 
 
-@pytest.mark.parametrize("name", ["ewc", "si", "lora", "dora"])
+@pytest.mark.parametrize("name", ["finetune", "ewc", "si", "lora", "dora"])
 def test_methods_take_the_same_steps_in_parts(small_scale, name):
     assert losses_of(small_scale, name, 2) == pytest.approx(losses_of(small_scale, name, 1), abs=1e-5)
 
@@ -182,10 +178,9 @@ def test_distillation_in_parts_compares_within_each_part(small_scale):
     assert parts[2] == pytest.approx(whole[2], rel=0.1) and parts[2] != whole[2]
 
 
-def test_checkpointing_changes_no_gradient_and_keeps_less(small_scale):
-    clip, batches = clip_and_batches(small_scale)
-    (batch, *_) = on_device(batches.loader(), clip, CPU)
-    found, kept = [], []
+def test_checkpointing_changes_no_gradient_and_keeps_less(clip_and_batch):
+    clip, batch = clip_and_batch
+    found, memory = [], []
     for enable in (False, True):
         clip.model.set_grad_checkpointing(enable)
         sizes = []
@@ -195,10 +190,10 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(small_scale):
             loss = contrastive_loss(encode(clip.model, batch.images, batch.tokens))
         loss.backward()
         found.append(gradients(clip.model))
-        kept.append(sum(sizes))
+        memory.append(sum(sizes))
         clip.model.zero_grad()
     assert_close(*found)
-    assert kept[1] < 0.8 * kept[0]
+    assert memory[1] < 0.8 * memory[0]
 
 
 def test_a_compiled_model_is_compiled_once_for_each_of_three_lengths(small_scale, monkeypatch):
@@ -222,8 +217,8 @@ def test_a_compiled_model_is_compiled_once_for_each_of_three_lengths(small_scale
 @pytest.mark.slow
 def test_compiled_training_takes_the_same_steps(small_scale):
     torch._dynamo.reset()
-    eager, _, _ = steps(small_scale, "float32")
-    fast, _, _ = steps(small_scale, "float32", compile=True)
+    eager, _, _ = steps(small_scale)
+    fast, _, _ = steps(small_scale, compile=True)
     assert fast == pytest.approx(eager, abs=1e-5)
 
 
@@ -248,9 +243,7 @@ def test_a_step_reads_no_value_back_from_the_device(small_scale, accumulate):
     optimizer = Method().optimizer(list(clip.model.parameters()), SETTINGS)
     loaded = [batches[step] for step in range(4)]  # a DataLoader reads the seed that it draws
     with Reads() as reads:
-        done = train(clip, Method(), optimizer, loaded, lambda step: 1e-2, device=CPU, clip_norm=1.0,
-                     precision=Precision("float32", CPU), max_scale=100.0, accumulate=accumulate)  # fmt: skip
-        last = list(done)[-1]
+        *_, last = train_on(loaded, clip, Method(), optimizer, accumulate=accumulate)
         assert not reads.found
         last.loss.item()
         assert reads.found
@@ -259,13 +252,7 @@ def test_a_step_reads_no_value_back_from_the_device(small_scale, accumulate):
 def test_towers_of_convolutions_get_channels_last_and_compute_the_same():
     config = {
         "embed_dim": 16,
-        "vision_cfg": {
-            "layers": [1, 1, 1, 1],
-            "width": 8,
-            "head_width": 8,
-            "image_size": 64,
-            "patch_size": None,
-        },
+        "vision_cfg": {"layers": [1] * 4, "width": 8, "head_width": 8, "image_size": 64, "patch_size": None},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
     }
     clip = new(config, 0)

@@ -64,9 +64,8 @@ class Run:
     lock: IO | None = None  # held as long as it is open
     handlers: dict = field(default_factory=dict)  # of signals, before this run took them over
     ranks: Ranks = ALONE  # that train together; the first alone holds the lock and writes
-    clock: float = field(
-        default_factory=time.monotonic
-    )  # when `position.seconds` was last brought up to date
+    # when `position.seconds` was last brought up to date
+    clock: float = field(default_factory=lambda: time.monotonic())
 
     @classmethod
     def open(

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from small_runs import after_steps, terminate
 
 from fomo.errors import Failure, Interrupted, UserError
 from fomo.guide.run_studies import base_models, listing, part, plan, reproduce, run_jobs
@@ -18,7 +19,6 @@ from fomo.guide.studies import find_studies, read_study
 from fomo.guide.verdicts import COLUMNS, Outcome, claims_rows, markdown, rank
 from fomo.load_recipe import ROOT
 from fomo.update import run_recipe
-from tests.lives import stop_after
 
 FINETUNE = str(ROOT / "finetune.yaml")
 
@@ -198,8 +198,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_scores(done, small_scale, tm
         for job in plan([read_study(study)], str(small_scale), [0], tmp_path)
         if job.needed_by[0][1] == "fast"
     ]
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted):
-        stop_after(patch, 6)
+    with after_steps(6, terminate), pytest.raises(Interrupted):
         run_recipe(job.recipe, job.folder, resume=False, device="cpu")
     assert not job.finished and job.evaluations()
     assert run_jobs([job], 1, "cpu") == {} and job.finished

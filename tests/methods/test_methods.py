@@ -3,9 +3,9 @@
 import open_clip
 import pytest
 import torch
-from lives import assert_same, live
 from safetensors.torch import load_file
 from small_models import vit_b16
+from small_runs import assert_same, run_method
 
 from fomo.clip import contrastive_loss, encode
 from fomo.errors import FieldError
@@ -50,8 +50,8 @@ def test_a_run_cut_within_an_update_ends_bit_identical_and_opens_in_open_clip(
 ):
     """SI is cut in the first update, too: what its path is worth shows in the second."""
     method = SETTINGS.get(name, f"{{name: {name}}}")
-    whole = live(small_scale, tmp_path / "whole", method)
-    assert_same(whole, live(small_scale, tmp_path / "cut", method, cut=cut))
+    whole = run_method(small_scale, tmp_path / "whole", method)
+    assert_same(whole, run_method(small_scale, tmp_path / "cut", method, cut=cut))
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/whole/model")
     assert_same(whole, model.state_dict())
 
@@ -66,9 +66,9 @@ def test_every_parameter_that_prepare_returns_gets_a_gradient(name, small_scale)
 
 
 def test_penalties_without_strength_are_finetuning(small_scale, tmp_path):
-    finetuned = live(small_scale, tmp_path / "finetune", "{name: finetune}")
+    finetuned = run_method(small_scale, tmp_path / "finetune", "{name: finetune}")
     for method in ("{name: ewc, strength: 0}", "{name: si, strength: 0}", "{name: distill, weight: 0}"):
-        assert_same(finetuned, live(small_scale, tmp_path / method[7:10], method))
+        assert_same(finetuned, run_method(small_scale, tmp_path / method[7:10], method))
 
 
 def test_finetuning_is_adamw_with_decay_on_everything():

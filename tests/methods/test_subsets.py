@@ -16,7 +16,7 @@ from fomo.load_recipe import load
 from fomo.methods import build_method
 from fomo.pretrain import starting_model
 from fomo.runs.folder import Run
-from fomo.update import Life
+from fomo.update import Trainer
 
 CPU = torch.device("cpu")
 FAMILIES = ("vit", "resnet", "custom", "convnext", "siglip")
@@ -103,14 +103,16 @@ def test_the_recipe_decides_about_the_logit_scale(small_scale, tmp_path, spec, l
     overrides = [f"method={{{flow}}}", "optimizer.lr=0.01", f"temperature.learn={str(learn).lower()}"]
     recipe = load(None, scale=str(small_scale), overrides=[o.replace("none", "null") for o in overrides])
     run, _ = Run.open(tmp_path / "run", recipe, resume=False)
-    life = Life(recipe, starting_model(recipe.model, CPU), run, CPU)
+    trainer = Trainer(recipe, starting_model(recipe.model, CPU), run, CPU)
     learned = spec == LOCKED_IMAGE if learn is None else learn
-    assert sum(p is life.model.logit_scale for p in life.parameters) == learned
-    before = life.model.logit_scale.item()
-    optimizer = life.method.optimizer(life.parameters, recipe.optimizer)
-    contrastive_loss(encode(life.model, torch.randn(4, 3, 32, 32), torch.randint(1, 9, (4, 77)))).backward()
+    assert sum(p is trainer.model.logit_scale for p in trainer.parameters) == learned
+    before = trainer.model.logit_scale.item()
+    optimizer = trainer.method.optimizer(trainer.parameters, recipe.optimizer)
+    contrastive_loss(
+        encode(trainer.model, torch.randn(4, 3, 32, 32), torch.randint(1, 9, (4, 77)))
+    ).backward()
     optimizer.step()
-    assert (life.model.logit_scale.item() != before) == learned
+    assert (trainer.model.logit_scale.item() != before) == learned
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
