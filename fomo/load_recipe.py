@@ -12,10 +12,10 @@ import yaml
 
 from fomo.errors import FieldError, UserError
 from fomo.recipe import BUDGETS, Optimizer, Recipe
-from fomo.schema import NOT_YAML, Count, Positive, build, convert, locate, one_of, read_yaml
+from fomo.schema import NOT_YAML, Count, NotNegative, Positive, build, convert, locate, one_of, read_yaml
 
-PRETRAINED_LR = 1e-5  # peak for open_clip's models, at batch 512 (paper, section 6.1)
 ROOT = Path(__file__).resolve().parents[1] / "recipes"
+RELEASED = ROOT / "scales" / "by_method" / "released.yaml"  # what suits released models, at batch 512
 
 
 def load(
@@ -91,14 +91,32 @@ def path_of(scale: str) -> Path:
 
 
 def read_defaults(scale: dict, path: Path) -> dict:
-    """What a scale has where a recipe leaves it open, taken out of it: `lr` by method, and fields of methods."""
+    """What a scale has where a recipe leaves it open, taken out of it: `lr` and `weight_decay` by method, above
+    those of the file that `from` names, and fields of methods."""
     try:
         defaults = convert(scale.pop("defaults", {}), dict, "defaults")
-        peaks = convert(defaults.get("lr", {}), dict, "defaults.lr")
-        peaks = {name: convert(peak, Positive, f"defaults.lr.{name}") for name, peak in peaks.items()}
+        file = convert(defaults.pop("from", None), str | None, "defaults.from")
+        below = read_tables(Path(locate(file, path))) if file else {}
+        return {**defaults, **merged(below, tables_of(defaults)), "tuned_at": None}
     except FieldError as error:
         raise UserError(f"{path}: {error}") from None
-    return {**defaults, "lr": peaks, "tuned_at": None}
+
+
+def read_tables(path: Path) -> dict:
+    values = read_yaml(path)
+    try:
+        return tables_of(values)
+    except FieldError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def tables_of(values: dict) -> dict:
+    """Peak learning rates and weight decay, each by method."""
+    tables = {}
+    for name, kind in (("lr", Positive), ("weight_decay", NotNegative)):
+        table = convert(values.get(name, {}), dict, f"defaults.{name}")
+        tables[name] = {k: convert(value, kind, f"defaults.{name}.{k}") for k, value in table.items()}
+    return tables
 
 
 def for_the_data(scale: dict, defaults: dict, fitted: dict) -> tuple[dict, dict]:
@@ -109,9 +127,9 @@ def for_the_data(scale: dict, defaults: dict, fitted: dict) -> tuple[dict, dict]
 
 
 def for_another_model(scale: dict, defaults: dict) -> tuple[dict, dict]:
-    """A scale without the threads and peaks that suit its own model alone."""
+    """A scale without the threads, peaks and weight decay that suit its own model alone."""
     fields = {key: value for key, value in scale.items() if key != "threads"}
-    return fields, {**defaults, "lr": {"finetune": PRETRAINED_LR}, "tuned_at": Optimizer.batch_size}
+    return fields, {**defaults, **read_tables(RELEASED), "tuned_at": Optimizer.batch_size}
 
 
 def is_another(model: dict, of_scale: dict) -> bool:
@@ -190,17 +208,21 @@ def with_defaults(values: dict, defaults: dict) -> dict:
     method = values.get("method", {"name": "finetune"})
     build_method(method)  # its own checks
     left_open = [key for key in defaults if key in accepted_fields(method) and key not in method]
-    optimizer = {**values.get("optimizer", {})}
+    optimizer, inner = {**values.get("optimizer", {})}, innermost(method)
     if optimizer.get("lr") is None:
         size = convert(optimizer.get("batch_size", Optimizer.batch_size), Count, "optimizer.batch_size")
-        optimizer["lr"] = scaled(peak_of(innermost(method), defaults["lr"]), size, defaults["tuned_at"])
+        optimizer["lr"] = scaled(by_method(inner, defaults["lr"]), size, defaults["tuned_at"])
+    decay = by_method(inner, defaults["weight_decay"])
+    if "weight_decay" not in optimizer and decay is not None:
+        optimizer["weight_decay"] = decay
     return {**values, "method": method | {key: defaults[key] for key in left_open}, "optimizer": optimizer}
 
 
-def peak_of(method: dict, peaks: dict) -> float | None:
-    """`lora-64` before `lora`; finetune's for a method that the scale does not list."""
-    known = (f"{method['name']}-{method.get('rank')}", method["name"], "finetune")
-    return next((peaks[name] for name in known if name in peaks), None)
+def by_method(method: dict, table: dict) -> float | None:
+    """`lora-64` or `locked-text` before `lora` or `locked`; finetune's for a method that is not listed."""
+    name = method["name"]
+    known = (f"{name}-{method.get('rank', method.get('tower'))}", name, "finetune")
+    return next((table[name] for name in known if name in table), None)
 
 
 def scaled(peak: float | None, size: int, tuned_at: int | None) -> float | None:

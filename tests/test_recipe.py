@@ -8,6 +8,7 @@ import yaml
 from fomo.errors import UserError
 from fomo.load_recipe import load
 from fomo.recipe import dump
+from fomo.schedules import learning_rate
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml")) + sorted((ROOT / "recipes/methods").glob("*.yaml"))
@@ -68,13 +69,68 @@ def test_a_budget_replaces_the_scales_budget(small_scale):
     assert small(small_scale, overrides=["budget.gflops=1e6"]).steps is None
 
 
-def test_a_model_that_is_not_the_scales_gets_the_peak_of_pretrained_models(small_scale):
-    """1e-5 at a batch of 512, by a square root to the scale's 12; a named peak stays."""
+def test_a_model_that_is_not_the_scales_gets_the_defaults_of_released_models(small_scale):
+    """A peak at a batch of 512, by a square root to the scale's 12; a named peak stays."""
     model = {"model": "ViT-B-32/laion2b_s34b_b79k"}
-    recipe = small(small_scale, **model)
-    assert recipe.optimizer.lr == pytest.approx(1e-5 * (12 / 512) ** 0.5, rel=1e-3)
-    assert recipe.model.config is None and recipe.model.name == "ViT-B-32"
+    finetune = small(small_scale, **model)
+    assert finetune.optimizer.lr == pytest.approx(1e-5 * (12 / 512) ** 0.5, rel=1e-3)
+    assert (finetune.optimizer.weight_decay, finetune.model.config) == (0.2, None)
+    lora = small(small_scale, **model, overrides=["method={name: lora, rank: 4}"])
+    assert lora.optimizer.lr == pytest.approx(2e-4 * (12 / 512) ** 0.5, rel=1e-3)
     assert small(small_scale, **model, overrides=["optimizer.lr=3e-6"]).optimizer.lr == 3e-6
+
+
+SCALES = sorted(path.stem for path in (ROOT / "recipes/scales").glob("*.yaml"))
+# Steps per update at T = 20 in the paper's Table 4; galore and distill, which it lacks, as finetune.
+TABLE_4 = {"finetune": 1420, "locked-text": 1949, "locked-image": 12982, "lnfit": 3179, "bitfit": 3179}
+TABLE_4 |= {"lora-4": 1898, "lora-64": 1891, "dora-4": 1893, "dora-64": 1886, "vera-4": 1898, "vera-64": 1896}
+TABLE_4 |= {"ewc": 1303, "si": 1418, "galore-16": 1420, "distill": 1420}  # ewc: its Fisher once an update
+PRODUCT = 0.2 * 1e-5 * 28_400  # decay x peak x steps of the paper's finetuning; 0.028 if summed over a cosine
+
+
+def of_method(name: str, scale: str):
+    return load(ROOT / f"recipes/methods/{name}.yaml", scale=scale)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_has_peaks_and_decay_by_method(scale):
+    peaks = {name: of_method(name, scale).optimizer.lr for name in TABLE_4}
+    decays = {name: of_method(name, scale).optimizer.weight_decay for name in TABLE_4}
+    for name in ("lnfit", "bitfit", "lora-4", "lora-64", "dora-4", "dora-64", "vera-4", "vera-64"):
+        assert peaks[name] > peaks["finetune"] and decays[name] < decays["finetune"]
+
+
+@pytest.mark.parametrize("name", TABLE_4)
+def test_decay_times_summed_rate_is_the_papers_at_paper_scale(name):
+    recipe = of_method(name, "b16")
+    product = recipe.optimizer.weight_decay * recipe.optimizer.lr * 20 * TABLE_4[name]
+    assert product == pytest.approx(PRODUCT, rel=0.15)
+    assert name != "finetune" or (recipe.optimizer.lr, recipe.optimizer.weight_decay) == (1e-5, 0.2)
+
+
+@pytest.fixture(scope="module")
+def tiny_steps() -> dict[str, int]:
+    """Steps per update at tiny, counted."""
+    from fomo.budget.mafs import planned_steps, work_of
+
+    recipes = {name: of_method(name, "tiny") for name in TABLE_4}
+    return {name: planned_steps(r, work_of(r), r.stream.updates) for name, r in recipes.items()}
+
+
+def test_tiny_compares_at_equal_mafs_with_finetunings_fifty_steps(tiny_steps):
+    found = {name: tiny_steps[name] for name in ("finetune", "lnfit", "lora-4", "locked-text", "ewc")}
+    assert found == {"finetune": 50, "lnfit": 124, "lora-4": 91, "locked-text": 204, "ewc": 20}
+    given = load(None, scale="tiny", overrides=["budget.steps=7"])
+    assert (given.steps, given.budget.gflops) == (7, None)
+
+
+def test_decay_times_summed_rate_is_the_papers_at_tiny(tiny_steps):
+    """Summed over the schedule itself, which has a mean of about half its peak."""
+    for name, steps in tiny_steps.items():
+        recipe = of_method(name, "tiny")
+        rates = [learning_rate(recipe.schedule, recipe.optimizer.lr, 0, n, steps) for n in range(steps)]
+        total = recipe.stream.updates * sum(rates)
+        assert recipe.optimizer.weight_decay * total == pytest.approx(0.5 * PRODUCT, rel=0.1), name
 
 
 def test_the_resolved_recipe_repeats_itself(tmp_path, small_scale):

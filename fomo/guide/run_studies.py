@@ -36,6 +36,7 @@ from fomo.runs.logs import evaluations
 # What a run takes where nothing was measured yet; finished runs of the same folder correct it.
 SAMPLES_PER_SECOND = 1000  # `tiny` on a CPU core, ViT-B on a GPU
 GFLOPS_PER_SECOND = 125_000  # one A100, as the headers of recipes/scales/ assume
+OF_A_CORE = 78  # the same for `tiny` and other models of our own
 ONLY_TO_RESUME = ("state", "weights", "model", "experts")
 
 
@@ -57,7 +58,7 @@ class Job:
         if budget.hours is not None:
             return budget.hours * updates
         if budget.gflops is not None:
-            return budget.gflops / GFLOPS_PER_SECOND / 3600
+            return budget.gflops / (OF_A_CORE if self.recipe.model.config else GFLOPS_PER_SECOND) / 3600
         return self.recipe.steps * updates * self.recipe.optimizer.batch_size / SAMPLES_PER_SECOND / 3600
 
     @property

@@ -18,7 +18,8 @@ scale, other models and pretraining pools, is in `scales` and `pools`, and a var
 `pool: worse`); where the scale names none, the variant is left out.
 
 A seed varies everything that is drawn: the stream and its batches, the base model, and the pictures of the
-rendered world, for which a copy of the data file is made.
+rendered world, for which a copy of the data file is made. Seeds from 100 on are for tuning: what is scored are
+training pictures, so that no test picture has a part in choosing a setting.
 """
 
 import dataclasses
@@ -30,16 +31,19 @@ from pathlib import Path
 
 import yaml
 
-from fomo.datasets.datafile import PATHS
+from fomo.datasets.datafile import PATHS, SOURCES
+from fomo.datasets.sources.catalogue import find, with_catalogue
 from fomo.errors import FieldError, UserError
 from fomo.guide.inequalities import Comparison, parse
 from fomo.load_recipe import ROOT, load
 from fomo.recipe import Recipe
-from fomo.schema import build, convert, one_of, read_yaml
+from fomo.schema import Positive, build, convert, one_of, read_yaml
 
 FOLDER = ROOT / "studies"
 APART = ("tune",)  # not one of "all": it chooses the defaults that the others use
 PER_UPDATE = ("samples", "steps", "hours")  # budgets of one update; gflops is that of all
+TUNING = 100  # seeds from here on are scored on training pictures
+HELD_OUT = 0.1  # of every class that is learnt, for their scores
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Study:
     scales: dict = field(default_factory=dict)  # scale -> name -> scale file
     pools: dict = field(default_factory=dict)  # scale -> name -> the `pretraining` of a data file
     grid: dict = field(default_factory=dict)  # row -> column -> variant: a table of GM in the report
-    peaks: dict = field(default_factory=dict)  # variant -> peak learning rates, each a variant of its own
+    peaks: dict = field(default_factory=dict)  # variant -> factors of its peak, each a variant of its own
 
     @property
     def name(self) -> str:
@@ -110,13 +114,15 @@ def read_study(path: Path) -> Study:
 
 
 def with_peaks(study: Study) -> Study:
-    """Each of a variant's peak rates as a variant of its own: finetune@0.001."""
+    """Each of a variant's peaks as a variant of its own: finetune@0.5, at half the scale's peak and with twice its
+    weight decay, so that their product stays."""
     variants = dict(study.variants)
-    for name, peaks in study.peaks.items():
+    for name, factors in study.peaks.items():
         one_of("peaks", name, tuple(study.variants))
         base = variants.pop(name)
-        for peak in convert(peaks, list[float], f"peaks.{name}"):
-            variants[f"{name}@{peak:g}"] = replace(base, set={**base.set, "optimizer.lr": peak})
+        for factor in convert(factors, list[Positive], f"peaks.{name}"):
+            times = {"optimizer.lr": factor, "optimizer.weight_decay": 1 / factor}
+            variants[f"{name}@{factor:g}"] = replace(base, times={**base.times, **times})
     return replace(study, variants=variants)
 
 
@@ -203,6 +209,31 @@ def reseed(values: dict, seed: int, pool: list | None, folder: Path) -> dict[Pat
     return files
 
 
+def validation_split(values: dict, path: Path) -> dict:
+    """Both roles of a data file with scores on training pictures: a part held out of what is learnt, and the
+    training split of what is not, where there is one. The rendered world draws other pictures by its seed."""
+    adaptation, evaluation = {}, {}
+    for name, entry in (values.get("adaptation") or {}).items():
+        if "holdout" in entry:
+            problem = "its training pictures are its test pictures, too; tuning needs a set with both splits"
+            raise UserError(f"{path}: adaptation.{name}.holdout: {problem}")
+        known = with_catalogue(entry, f"adaptation.{name}")
+        learnt = {key: value for key, value in known.items() if key != "test"}
+        adaptation[name] = entry if entry["source"] == "world" else {**learnt, "holdout": HELD_OUT}
+    for name, entry in (values.get("evaluation") or {}).items():
+        known = with_catalogue(entry, f"evaluation.{name}")
+        by_name = SOURCES[entry["source"]].split_field == "split"  # of the split, not by a path
+        train = known.get("train", "train" if by_name else None)
+        if entry["source"] == "world":
+            evaluation[name] = entry
+        elif train and not ("dataset" in entry and find(entry["dataset"], name).train == 0):
+            scored = {key: value for key, value in known.items() if key != "train"}
+            evaluation[name] = {**scored, "test": train}
+    if not evaluation:
+        raise UserError(f"{path}: evaluation: no set has training pictures, which are what tuning scores")
+    return {"adaptation": adaptation, "evaluation": evaluation}
+
+
 @cache
 def data_text(path: Path, seed: int, replayed: str) -> str | None:
     """A data file with another pretraining pool (JSON) and `seed` in every rendered source; None: as it is."""
@@ -212,8 +243,10 @@ def data_text(path: Path, seed: int, replayed: str) -> str | None:
     named = [values.get("adaptation") or {}, values.get("evaluation") or {}]
     entries = [*(values.get("pretraining") or []), *(entry for group in named for entry in group.values())]
     rendered = [entry for entry in entries if entry.get("source") == "world"]
-    if pool is None and not (rendered and seed):
+    if pool is None and not (rendered and seed) and seed < TUNING:
         return None
+    if seed >= TUNING:
+        values |= validation_split(values, path)
     for entry in entries:
         for key in PATHS:
             if key in entry and not str(entry[key]).startswith(("/", "~", "$", "hf://")):

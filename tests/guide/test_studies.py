@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fomo.datasets.datafile import read
 from fomo.errors import UserError
-from fomo.guide.studies import FOLDER, find_studies, read_study, resolve
+from fomo.guide.studies import FOLDER, data_text, find_studies, read_study, resolve
 from fomo.load_recipe import load
 from fomo.recipe import dump
 
@@ -81,7 +82,57 @@ def test_peaks_are_tuned_with_equally_many_trials_on_a_seed_that_no_study_uses()
     for peaks in tune.peaks.values():  # a geometric ladder, to two digits
         ratios = [float(b) / float(a) for a, b in pairwise(peaks)]
         assert max(ratios) / min(ratios) < 1.2
-    assert "lora-64@0.003" in tune.variants and "lora-64" not in tune.variants
+    assert "lora-64@0.3" in tune.variants and "lora-64" not in tune.variants
+
+
+@pytest.mark.parametrize("scale", ["tiny", "b16"])
+def test_a_trial_keeps_the_product_of_peak_and_decay_and_the_length_of_updates(tmp_path, scale):
+    (tune,) = find_studies(["tune"])
+    plain = load(RECIPES / "methods/lora-64.yaml", scale=scale)
+    trial, _ = resolve(tune, "lora-64@3", scale, 100, tmp_path)
+    assert trial.optimizer.lr == pytest.approx(3 * plain.optimizer.lr)
+    product = plain.optimizer.lr * plain.optimizer.weight_decay
+    assert trial.optimizer.lr * trial.optimizer.weight_decay == pytest.approx(product)
+    assert trial.budget.gflops / trial.stream.updates == plain.budget.gflops / plain.stream.updates
+
+
+def test_tuning_scores_training_pictures_of_real_data(tmp_path):
+    file = tmp_path / "data.yaml"
+    sets = {"source": "torchvision", "root": "/data"}
+    content = {
+        "adaptation": {
+            "flowers": {**sets, "dataset": "flowers102"},
+            "shop": {"source": "folder", "train": "/a", "test": "/b"},
+            "drawn": {"source": "world", "domain": "symbols", "train": 4, "test": 4},
+        },
+        "evaluation": {
+            "pets": {**sets, "dataset": "oxford_pets"},
+            "letters": {"source": "folder", "train": "/c", "test": "/d"},
+            "imagenet": {"source": "clip_benchmark", "dataset": "imagenet"},
+            "test_only": {"source": "folder", "test": "/e"},
+        },
+    }
+    file.write_text(yaml.safe_dump(content))
+    assert data_text(file, 1, "null").count("seed: 1") == 1  # a study's
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(data_text(file, 100, "null"))
+    data = read(copy)
+    assert data.adaptation["flowers"].spec["train"] == "test"  # as the paper has them
+    assert data.adaptation["drawn"].spec == {**content["adaptation"]["drawn"], "seed": 100}
+    for name in ("flowers", "shop"):
+        spec = data.adaptation[name].spec
+        assert "test" not in spec and spec["holdout"] == 0.1
+    assert {name: entry.spec["test"] for name, entry in data.evaluation.items()} == {
+        "pets": "trainval",
+        "letters": "/c",
+    }
+
+
+def test_tuning_refuses_a_set_whose_test_pictures_are_training_pictures(tmp_path):
+    file = tmp_path / "data.yaml"
+    file.write_text("adaptation: {a: {source: folder, train: /a, holdout: 0.2}}\n")
+    with pytest.raises(UserError, match=r"adaptation\.a\.holdout"):
+        data_text(file, 100, "null")
 
 
 # --- variants --------------------------------------------------------------------------------------------
@@ -95,12 +146,13 @@ def test_set_and_times_change_what_the_scale_says(tmp_path):
 
 def test_a_life_costs_the_same_however_many_updates_it_has(tmp_path):
     plain = load(RECIPES / "finetune.yaml")
-    whole = plain.budget.samples * plain.stream.updates
+    samples = {"budget.samples": 4_000}
+    whole = 4_000 * plain.stream.updates
     for says in ({"times": {"stream.updates": 2.5}}, {"set": {"stream.updates": 1}}):
-        recipe, _ = variant(tmp_path, **says)
+        recipe, _ = variant(tmp_path, **{**says, "set": {**samples, **says.get("set", {})}})
         assert recipe.stream.updates != plain.stream.updates
         assert recipe.budget.samples * recipe.stream.updates == whole
-    recipe, _ = variant(tmp_path, times={"stream.updates": 2, "budget": 3})
+    recipe, _ = variant(tmp_path, set=samples, times={"stream.updates": 2, "budget": 3})
     assert recipe.budget.samples * recipe.stream.updates == 3 * whole
 
 
