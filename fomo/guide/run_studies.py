@@ -69,9 +69,9 @@ class Job:
         return f"{study}/{variant}, seed {seed}"
 
     def evaluations(self) -> list[dict]:
-        """The lines of metrics.jsonl; none if the run has not begun."""
+        """The lines of metrics.jsonl after whole updates; none if the run has not begun."""
         path = self.folder / "metrics.jsonl"
-        return read_lines(path) if path.exists() else []
+        return [line for line in read_lines(path) if "step" not in line] if path.exists() else []
 
     @property
     def finished(self) -> bool:
