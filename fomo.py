@@ -287,9 +287,10 @@ def report(runs, out):
 def reproduce(studies, seeds, scale, **said):
     """Run the guide's studies (recipes/studies, all or the named ones) and say which of its claims hold."""
     from fomo.guide.run_studies import reproduce
-    from fomo.text import whole_numbers
+    from fomo.guide.studies import Seed
+    from fomo.schema import convert
 
-    chosen = whole_numbers("--seeds", seeds) if seeds else None
+    chosen = convert(seeds.split(","), list[Seed], "--seeds") if seeds is not None else None
     print(reproduce(studies, scale=scale or "tiny", seeds=chosen, **said))
 
 

@@ -1,6 +1,4 @@
-"""Small things that commands read and print."""
-
-from fomo.errors import UserError
+"""Tables for a terminal."""
 
 
 def aligned(rows: list[list[str]], left: int = 1) -> str:
@@ -14,11 +12,3 @@ def aligned(rows: list[list[str]], left: int = 1) -> str:
         for row in rows
     )
     return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def whole_numbers(option: str, text: str, least: int = 0) -> list[int]:
-    """ "20,50" -> [20, 50]: what a command's option names, each once; not below `least`."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= least for part in parts):
-        raise UserError(f"{option} {text}: expected whole numbers from {least} with commas between them")
-    return list(dict.fromkeys(int(part) for part in parts))

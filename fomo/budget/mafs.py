@@ -30,7 +30,6 @@ from fomo.load_recipe import ROOT, load
 from fomo.methods import innermost
 from fomo.recipe import Model, Recipe
 from fomo.schema import one_of
-from fomo.text import whole_numbers
 
 # Rows of the table: recipes/methods/NAME.yaml, with the paper's multiplier for ViT-B-16 at batch 512 (Table 4).
 PAPER = {
@@ -221,7 +220,7 @@ def make_table(
     known = (*PAPER, *sorted({path.stem for path in (ROOT / "methods").glob("*.yaml")} - PAPER.keys()))
     for name in names:
         one_of("--methods", name, known)
-    counts = whole_numbers("--updates", updates, least=1)
+    counts = whole_numbers(updates)
     peaks = read_peaks(memory_table) if memory_table else {}
     recipes = {name: recipe_of(name, fisher, said) for name in dict.fromkeys(["finetune", *names])}
     finetuning = recipes["finetune"]
@@ -268,6 +267,14 @@ def replaced(works: dict[str, Work], peaks: dict[str, float]) -> dict[str, Work]
         name: dataclasses.replace(work, peak_memory=memory[name], multiplier=round(memory[name] / base, 4))
         for name, work in works.items()
     }
+
+
+def whole_numbers(text: str) -> list[int]:
+    """ "20,50" -> [20, 50]."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--updates {text}: expected numbers of updates, as in --updates 20,50")
+    return list(dict.fromkeys(int(part) for part in parts))
 
 
 def read_peaks(path: str) -> dict[str, float]:

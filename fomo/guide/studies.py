@@ -29,6 +29,7 @@ import json
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 
@@ -37,8 +38,9 @@ from fomo.errors import FieldError, UserError
 from fomo.guide.inequalities import Comparison, parse
 from fomo.load_recipe import ROOT, load
 from fomo.recipe import Recipe
-from fomo.schema import build, convert, one_of, read_yaml
+from fomo.schema import Range, build, convert, one_of, read_yaml
 
+Seed = Annotated[int, Range(0)]
 FOLDER = ROOT / "studies"
 APART = ("tune",)  # not one of "all": it chooses the defaults that the others use
 PER_UPDATE = ("samples", "steps", "hours")  # budgets of one update; gflops is that of all
@@ -72,7 +74,7 @@ class Study:
     title: str
     variants: dict[str, Variant]
     claims: list[Claim] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    seeds: list[Seed] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     scales: dict = field(default_factory=dict)  # scale -> name -> scale file
     pools: dict = field(
         default_factory=dict

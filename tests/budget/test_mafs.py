@@ -391,8 +391,8 @@ def test_a_memory_table_replaces_what_it_names(small_scale, tmp_path):
     "words, message",
     [
         (["--methods", "lora"], "--methods: unknown 'lora' (did you mean lora-4?), accepted: finetune, "),
-        (["--updates", "20,0"], "--updates 20,0: expected whole numbers from 1"),
-        (["--updates", "a"], "--updates a: expected whole numbers"),
+        (["--updates", "20,0"], "--updates 20,0: expected numbers of updates, as in --updates 20,50"),
+        (["--updates", "a"], "--updates a: expected numbers of updates"),
         (
             ["--set", "budget={hours: 2}"],
             "budget.hours: 2 hours are as many FLOPs as the machine makes of them",

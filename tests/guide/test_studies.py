@@ -183,6 +183,7 @@ def test_a_variant_that_the_scale_has_no_file_for_is_left_out(tmp_path):
         ({"claims": [claim("ka(finetun) > 0")]}, "claim 1: unknown 'finetun' (did you mean finetune?)"),
         ({"claims": [claim("line(finetune) > 0")]}, "claim 1: unknown 'joint'"),
         ({"claims": [claim("ka(finetune) >")]}, "claim 1: 'ka(finetune) >', column 15: expected"),
+        ({"seeds": [0, -1]}, "seeds[1]: got -1, accepted: at least 0"),
         ({"peaks": {"lora": [1]}}, "peaks: unknown 'lora', accepted: finetune"),
     ],
 )
