@@ -277,7 +277,7 @@ def report(runs, out):
 
 @cli.command()
 @click.argument("studies", nargs=-1, metavar="[STUDY]...")
-@click.option("--seeds", metavar="S,S,...", help="By default those of each study: 0,1,2.")
+@click.option("--seeds", metavar="S,S,...", help="By default those of each study: 0,1,2,3,4.")
 @click.option(
     "--shard", metavar="I/N", help="Only the I-th of N parts of the runs, for a cluster's job array."
 )

@@ -70,7 +70,7 @@ class Job:
         return f"{study}/{variant}, seed {seed}"
 
     def evaluations(self) -> list[dict]:
-        """The lines of metrics.jsonl; none if the run has not begun."""
+        """The lines of metrics.jsonl after whole updates; none if the run has not begun."""
         return evaluations(self.folder)
 
     @property
@@ -84,7 +84,7 @@ def plan(studies: list[Study], scale: str, seeds: list[int] | None, out: Path) -
     needs = [
         (study, variant, seed)
         for study in studies
-        for seed in (seeds if seeds is not None else study.seeds)
+        for seed in dict.fromkeys(study.seeds if seeds is None else seeds)
         for variant in study.variants_at(scale)
     ]
     jobs: dict[str, Job] = {}

@@ -11,11 +11,13 @@
       finetune: {recipe: ../methods/finetune.yaml}
       ema-merge: {recipe: ../methods/ema-merge.yaml, set: {method.keep: 0.9}}
       finetune-hot: {recipe: ../methods/finetune.yaml, times: {optimizer.lr: 10}}
+      ema-merge-5x: {recipe: ../methods/ema-merge.yaml, times: {stream.updates: 5}, powers: {method.keep: 0.2}}
 
-One file serves every scale: `times` multiplies what the scale says, and all updates of a variant together cost the
+One file serves every scale: `times` multiplies what the scale says, `powers` raises it to a power (`keep` to
+the power of 0.2 keeps in five updates what it kept in one), and all updates of a variant together cost the
 scale's budget however many there are, unless `times: {budget: 2}` says otherwise. What has to be named scale by
 scale, other models and pretraining pools, is in `scales` and `pools`, and a variant says which (`scale: large`,
-`pool: worse`); where the scale names none, the variant is left out.
+`pool: narrow`); where the scale names none, the variant is left out.
 
 A seed varies everything that is drawn: the stream and its batches, the base model, and the pictures of the
 rendered world, for which a copy of the data file is made. Seeds from 100 on are for tuning: what is scored are
@@ -37,7 +39,7 @@ from fomo.errors import FieldError, UserError
 from fomo.guide.inequalities import Comparison, parse
 from fomo.load_recipe import ROOT, load
 from fomo.recipe import Recipe
-from fomo.schema import Positive, build, convert, one_of, read_yaml
+from fomo.schema import Natural, Positive, build, convert, one_of, read_yaml
 
 FOLDER = ROOT / "studies"
 APART = ("tune",)  # not one of "all": it chooses the defaults that the others use
@@ -63,6 +65,7 @@ class Variant:
     recipe: str
     set: dict = field(default_factory=dict)  # {"method.keep": 0.9}
     times: dict = field(default_factory=dict)  # {"optimizer.lr": 10}; "budget": of all updates
+    powers: dict = field(default_factory=dict)  # {"method.keep": 0.2}
     scale: str | None = None  # a name in the study's `scales`
     pool: str | None = None  # a name in the study's `pools`: what updates replay, on the same base model
 
@@ -73,9 +76,11 @@ class Study:
     title: str
     variants: dict[str, Variant]
     claims: list[Claim] = field(default_factory=list)
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    seeds: list[Natural] = field(default_factory=lambda: [0, 1, 2])
     scales: dict = field(default_factory=dict)  # scale -> name -> scale file
-    pools: dict = field(default_factory=dict)  # scale -> name -> the `pretraining` of a data file
+    pools: dict = field(
+        default_factory=dict
+    )  # scale -> name -> the `pretraining` of a data file, null: as it is
     grid: dict = field(default_factory=dict)  # row -> column -> variant: a table of GM in the report
     peaks: dict = field(default_factory=dict)  # variant -> factors of its peak, each a variant of its own
 
@@ -157,7 +162,7 @@ def resolve(study: Study, name: str, scale: str, seed: int, folder: Path) -> tup
     try:
         plain = load(path, scale=size)
         values = dataclasses.asdict(load(path, scale=size, seed=seed, overrides=overrides))
-        multiply(values, plain, variant.times)
+        change(values, plain, variant)
         values["evaluation"].update(frozen=False, keep_weights=1)
         files = reseed(values, seed, pool, folder)
         return build(Recipe, values), files
@@ -170,22 +175,31 @@ def beside(path: Path, scale: str) -> str:
     return str(path.parent / scale) if scale.endswith((".yaml", ".yml")) else scale
 
 
-def multiply(values: dict, plain: Recipe, times: dict) -> None:
-    """Apply `times`, and share the budget of all updates out among them; in place."""
-    factors = {key: convert(value, float, f"times.{key}") for key, value in times.items()}
-    of_budget = factors.pop("budget", 1.0)
-    for key, factor in factors.items():
-        *parents, last = key.split(".")
-        section = values
-        for parent in parents:
-            section = section.get(parent) if isinstance(section, dict) else None
-        if not isinstance(section, dict) or type(section.get(last)) not in (int, float):
-            raise FieldError(f"times.{key}", "names no number of the recipe")
+def change(values: dict, plain: Recipe, variant: Variant) -> None:
+    """Apply `times` and `powers`, and share the budget of all updates out among them; in place."""
+    times = {key: convert(value, float, f"times.{key}") for key, value in variant.times.items()}
+    of_budget = times.pop("budget", 1.0)
+    for key, factor in times.items():
+        section, last = number_of(values, f"times.{key}")
         section[last] = scaled(section[last], factor)
+    for key, power in variant.powers.items():
+        section, last = number_of(values, f"powers.{key}")
+        section[last] = section[last] ** convert(power, float, f"powers.{key}")
     per_update = of_budget * plain.stream.updates / values["stream"]["updates"]
     for key, value in values["budget"].items():
         if type(value) in (int, float):
             values["budget"][key] = scaled(value, per_update if key in PER_UPDATE else of_budget)
+
+
+def number_of(values: dict, where: str) -> tuple[dict, str]:
+    """times.optimizer.lr -> the section that holds lr, "lr"."""
+    _, *parents, last = where.split(".")
+    section = values
+    for parent in parents:
+        section = section.get(parent) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or type(section.get(last)) not in (int, float):
+        raise FieldError(where, "names no number of the recipe")
+    return section, last
 
 
 def scaled(value: float, factor: float) -> float:

@@ -17,15 +17,18 @@ import numpy as np
 
 from fomo.atomic import write_atomically
 from fomo.guide.inequalities import (
-    FAILS,
     HOLDS,
+    INAPPLICABLE,
     JOINT,
     OPEN,
+    OPPOSITE,
     SCORED,
+    WEAK,
     Comparison,
     Decision,
     ScoresBySeed,
     decide,
+    judge,
 )
 from fomo.guide.studies import Claim, Study
 from fomo.report.columns import deviation, number
@@ -34,14 +37,8 @@ from fomo.report.page import Card, html_page, picture
 
 COLUMNS = ("claim", "study", "paper", "verdict", "effect", "low", "high", "n", "seconds")
 FAILED, UNFINISHED, UNTESTED = "failed", "unfinished", "not tested"
-BY_WEIGHT = (
-    UNTESTED,
-    FAILED,
-    UNFINISHED,
-    FAILS,
-    OPEN,
-    HOLDS,
-)  # a claim's verdict: its inequalities' first of these
+# A claim's verdict: the first of these that one of its inequalities has, so it holds if all that it needs holds.
+BY_WEIGHT = (UNTESTED, FAILED, UNFINISHED, OPPOSITE, INAPPLICABLE, OPEN, WEAK, HOLDS)
 PER_PLANE = 6  # curves that a reader tells apart
 
 
@@ -52,6 +49,11 @@ class Result:
     comparison: Comparison
     verdict: str
     decision: Decision | None = None
+
+    def needs(self) -> str:
+        """The inequality, with its margin in points of these runs where that is another than the paper's."""
+        margin = self.decision and self.decision.margin
+        return self.comparison.text + (f"; margin {margin:.2g}" if margin else "")
 
     def effect(self) -> str:
         """+1.2 [0.4, 2.0], without an interval where there is one seed."""
@@ -72,9 +74,14 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """A claim holds if all that it needs holds, and does not if any of it does not."""
         found = {result.verdict for result in self.results}
         return next(verdict for verdict in BY_WEIGHT if verdict in found)
+
+    @property
+    def summary(self) -> str:
+        """opposite (3 of 5 hold)"""
+        hold = sum(result.verdict == HOLDS for result in self.results)
+        return f"{self.verdict} ({hold} of {len(self.results)} hold)"
 
     @property
     def deciding(self) -> Result:
@@ -85,7 +92,7 @@ class Finding:
     @property
     def n(self) -> int:
         """Seeds on which the verdict rests."""
-        return len(self.deciding.decision.seeds) if self.deciding.decision else 0
+        return self.deciding.decision.n if self.deciding.decision else 0
 
     def row(self) -> list[str]:
         """As in claims.csv."""
@@ -113,16 +120,21 @@ class Outcome:
         comparisons = claim.comparisons()
         compared = {variant for comparison in comparisons for variant in comparison.mentioned}
         spent = sum(seconds for (variant, _), seconds in self.seconds.items() if variant in compared)
-        return Finding(claim, self.study, [self.result(comparison) for comparison in comparisons], spent)
+        missing = {comparison.text: self.missing(comparison) for comparison in comparisons}
+        decided = {c.text: decide(c, self.scores) for c in comparisons if not missing[c.text]}
+        found = dict(zip(decided, judge(list(decided.values())), strict=True))
+        results = [Result(c, missing[c.text] or found[c.text], decided.get(c.text)) for c in comparisons]
+        return Finding(claim, self.study, results, spent)
 
-    def result(self, comparison: Comparison) -> Result:
-        mentioned = set(comparison.mentioned)
-        if mentioned - self.scores.keys():
-            return Result(comparison, UNTESTED)
-        if mentioned & self.failed:
-            return Result(comparison, FAILED)
-        decision = decide(comparison, self.scores)
-        return Result(comparison, decision.verdict, decision) if decision else Result(comparison, UNFINISHED)
+    def missing(self, comparison: Comparison) -> str | None:
+        """Why an inequality cannot be decided."""
+        mentioned = comparison.mentioned
+        if not set(mentioned) <= self.scores.keys():
+            return UNTESTED
+        if not self.failed.isdisjoint(mentioned):
+            return FAILED
+        shared = set.intersection(*(set(self.scores[name]) for name in mentioned))
+        return None if shared else UNFINISHED
 
     def of_runs(self, variant: str, key: str, update: int = -1) -> np.ndarray:
         """A score of each of the variant's runs, (S,)."""
@@ -141,7 +153,7 @@ class Outcome:
     def needs_rows(self) -> list[list[str]]:
         """A row for every inequality of the claims."""
         rows = [
-            [finding.claim.id, result.comparison.text, result.effect(), result.verdict]
+            [finding.claim.id, result.needs(), result.effect(), result.verdict]
             for finding in self.findings
             for result in finding.results
         ]
@@ -157,16 +169,21 @@ class Outcome:
         return [["GM", *titles], *body] if body else []
 
     def best_peaks(self) -> list[list[str]]:
-        """For each of the study's ladders the peak learning rate of the highest GM, and all of its trials."""
+        """For each of the study's ladders the best peak learning rate, and all of its trials."""
         rows = []
         for name, peaks in self.study.peaks.items():
-            means = {float(p): self.of_runs(f"{name}@{float(p):g}", "gm") for p in peaks}
-            known = {peak: scores.mean() for peak, scores in means.items() if len(scores)}
-            best = f"{max(known, key=known.get):g}" if known else ""
-            trials = ", ".join(f"{peak:g}: {score:.1f}" for peak, score in known.items())
-            edge = " (at the end of the ladder)" if known and float(best) in (min(known), max(known)) else ""
-            rows.append([name, best + edge, trials])
-        return [["method", "best peak", "GM by peak"], *rows] if rows else []
+            variants = {float(peak): f"{name}@{float(peak):g}" for peak in peaks}
+            trials = {peak: self.of_runs(variant, "gm") for peak, variant in variants.items()}
+            complete = max(map(len, trials.values()))
+            trials = {peak: gm for peak, gm in trials.items() if len(gm) == complete > 0}
+            if not trials:
+                continue
+            start = self.of_runs(variants[min(trials)], "gm", 0).mean()
+            best = best_peak(trials, start)
+            edge = " (at the end of the ladder)" if best in (min(trials), max(trials)) else ""
+            scores = ", ".join(f"{peak:g}: {number(gm)}" for peak, gm in trials.items())
+            rows.append([name, f"{best:g}{edge}", f"{start:.1f}", scores])
+        return [["method", "best peak", "GM untouched", "GM by peak"], *rows] if rows else []
 
     def planes(self) -> list[str]:
         """Pictures of the KA-ZS plane, so many that curves can be told apart; control and joint are in each."""
@@ -176,6 +193,18 @@ class Outcome:
         groups = [[*others[i : i + step], *always] for i in range(0, max(len(others), 1), step)]
         salts = (f"{self.study.name}{i}" for i in range(len(groups)))
         return [picture(plane_figure, g, salt) for g, salt in zip(groups, salts, strict=True) if g]
+
+
+def best_peak(trials: Mapping[float, np.ndarray], start: float) -> float:
+    """The peak whose runs end at the highest GM, (S,) by peak; written down before any trial:
+
+    those that end below the untouched model's GM, `start`, are left out where others do not, and of those within
+    one standard error of the best, paired over seeds, it is the smallest (Breiman et al. 1984).
+    """
+    sound = {peak: gm for peak, gm in trials.items() if gm.mean() >= start} or trials
+    best = max(sound.values(), key=np.mean)
+    behind = {peak: best - gm for peak, gm in sound.items()}
+    return min(peak for peak, loss in behind.items() if loss.mean() <= deviation(loss) / len(loss) ** 0.5)
 
 
 def shown(of_runs: np.ndarray) -> str:
@@ -217,10 +246,10 @@ def rank(claim: str) -> tuple[int, int, str]:
 
 
 def tally(findings: list[Finding]) -> str:
-    """12 holds, 3 does not hold, ..., the undecided counted in the open."""
-    verdicts = [finding.verdict for finding in findings]
-    words = [HOLDS, FAILS, OPEN, *(word for word in (FAILED, UNFINISHED, UNTESTED) if word in verdicts)]
-    return ", ".join(f"{verdicts.count(word)} {word}" for word in words)
+    """12 holds, 3 opposite, ...; the four verdicts are named even where there are none."""
+    found = [finding.verdict for finding in findings]
+    others = [word for word in (INAPPLICABLE, FAILED, UNFINISHED, UNTESTED) if word in found]
+    return ", ".join(f"{found.count(word)} {word}" for word in (HOLDS, WEAK, OPEN, OPPOSITE, *others))
 
 
 def claims_rows(findings: list[Finding]) -> list[list[str]]:
@@ -228,16 +257,20 @@ def claims_rows(findings: list[Finding]) -> list[list[str]]:
     for finding in findings:
         claim, deciding = finding.claim, finding.deciding
         says, effect = f"{claim.says} ({claim.place})", deciding.effect()
-        found = [finding.verdict, effect, deciding.comparison.text, claim.paper or "", str(finding.n)]
+        found = [finding.summary, effect, deciding.needs(), claim.paper or "", str(finding.n)]
         rows.append([claim.id, says, *found, finding.study.name])
     return rows
 
 
 METHOD = """\
 Each claim was written down with its inequalities and margins before any run. Effects are points; `needs` is the
-inequality on which the verdict rests. Intervals are 95 %, paired over seeds, with a standard deviation pooled over
-the variants of the study (`fomo/guide/inequalities.py`). A seed varies the stream, the base model and the pictures
-of the rendered world. With one seed every claim is undecided."""
+inequality on which the verdict rests, with the paper's margin and what it comes to in points of these runs: the
+same share of the way from the untouched model to the joint run. Intervals are 95 %, paired over seeds. A claim
+holds if all of its inequalities do. *Opposite*: the world contradicts one of them. *Right direction, below the
+margin*: none is contradicted or open, but one is shown more weakly than the margin asks. *Not applicable*: it
+speaks of a trade-off that these runs do not have, since the joint run keeps more than the untouched model. What
+each word means exactly is said in `fomo/guide/inequalities.py`. A seed varies the stream, the base model and
+the pictures of the rendered world. With one seed every claim is undecided."""
 
 
 def markdown(rows: list[list[str]]) -> str:

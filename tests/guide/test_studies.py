@@ -1,5 +1,6 @@
 """Studies say what they mean at every scale: which recipes, which seeds, which claims."""
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import yaml
 
 from fomo.datasets.datafile import read
 from fomo.errors import UserError
+from fomo.guide.inequalities import PAPER_JOINT, PAPER_START
 from fomo.guide.studies import FOLDER, data_text, find_studies, read_study, resolve
 from fomo.load_recipe import load
 from fomo.recipe import dump
@@ -71,6 +73,20 @@ def test_the_joint_run_is_the_recipe_of_that_name_at_tiny(tmp_path):
     recipe, _ = resolve(study, "joint", "tiny", 0, tmp_path)
     known = load(RECIPES / "joint.yaml", overrides=["evaluation.keep_weights=1", "evaluation.frozen=false"])
     assert dump(recipe) == dump(known)
+
+
+def test_every_study_that_compares_orders_by_time_has_years():
+    data = yaml.safe_load((RECIPES / "data/world.yaml").read_text())
+    assert len({entry["year"] for entry in data["adaptation"].values()}) == 5
+
+
+def test_margins_lie_outside_no_trade_off_of_the_paper():
+    """A margin of more than the whole way to the joint run could not be met."""
+    for study in find_studies():
+        for comparison in (c for claim in study.claims for c in claim.comparisons()):
+            for _, metric, _ in comparison.terms:
+                whole = math.inf if metric == "line" else abs(PAPER_JOINT[metric] - PAPER_START[metric])
+                assert abs(comparison.margin) <= whole or study.name == "trap", comparison.text
 
 
 def test_peaks_are_tuned_with_equally_many_trials_on_a_seed_that_no_study_uses():
@@ -175,6 +191,20 @@ def test_a_seed_varies_the_stream_the_base_model_and_the_pictures(tmp_path):
     assert [entry["seed"] for entry in written["pretraining"]] == [3, 3] and str(path) == recipe.data
 
 
+def test_powers_change_what_the_scale_says(tmp_path):
+    recipe, _ = variant(
+        tmp_path, recipe="methods/ema-merge.yaml", times={"stream.updates": 5}, powers={"method.keep": 0.2}
+    )
+    plain = load(RECIPES / "methods/ema-merge.yaml")
+    untouched = recipe.method["keep"] ** recipe.stream.updates  # its share after the last update
+    assert untouched == pytest.approx(plain.method["keep"] ** plain.stream.updates)
+
+
+def test_a_pool_of_null_is_that_of_the_scale(tmp_path):
+    recipe, files = variant(tmp_path, study={"pools": {"tiny": {"broad": None}}}, pool="broad")
+    assert not files and dump(recipe) == dump(variant(tmp_path)[0])
+
+
 def test_another_pool_is_replayed_on_the_same_base_model(tmp_path):
     pool = [{"source": "world", "domain": "faces", "per_concept": 4}]
     for seed in (0, 1):
@@ -204,7 +234,8 @@ def test_a_variant_that_the_scale_has_no_file_for_is_left_out(tmp_path):
         ({"variants": {"a": {"recipe": "x", "scale": "huge"}}}, "variants.a.scale: unknown 'huge'"),
         ({"claims": [claim("ka(finetun) > 0")]}, "claim 1: unknown 'finetun' (did you mean finetune?)"),
         ({"claims": [claim("line(finetune) > 0")]}, "claim 1: unknown 'joint'"),
-        ({"claims": [claim("ka(finetune) >")]}, "claim 1: 'ka(finetune) >', column 15: expected a number"),
+        ({"claims": [claim("ka(finetune) >")]}, "claim 1: 'ka(finetune) >', column 15: expected"),
+        ({"seeds": [0, -1]}, "seeds[1]: got -1, accepted: at least 0"),
         ({"peaks": {"lora": [1]}}, "peaks: unknown 'lora', accepted: finetune"),
     ],
 )
@@ -220,6 +251,7 @@ def test_a_mistake_in_a_study_is_one_line_that_names_it(tmp_path, content, probl
     [
         ({"times": {"optimizer.momentum": 2}}, "times.optimizer.momentum: names no number of the recipe"),
         ({"times": {"method.name": 2}}, "times.method.name: names no number of the recipe"),
+        ({"powers": {"method.keep": 2}}, "powers.method.keep: names no number of the recipe"),
         ({"times": {"budget": "much"}}, "times.budget: expected a number, got 'much'"),
         ({"set": {"stream.order": "alphabetical"}}, "unknown 'alphabetical'"),
         ({"recipe": "nothing.yaml"}, "nothing.yaml: no such file"),
