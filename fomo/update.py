@@ -165,7 +165,7 @@ class Life:
     def end_update(self, batches: Iterable[Inputs]) -> None:
         """On the first rank; the others go on from its state as if they resumed."""
         if self.ranks.first:
-            self.method.after_update(self.model, batches)
+            self.method.after_update(self.model, batches, self.precision.autocast)
         if self.ranks.several:
             model, method = self.ranks.broadcast_object(
                 lambda: (self.model.state_dict(), self.method.state())
