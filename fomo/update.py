@@ -171,7 +171,7 @@ class Trainer:
         if recipe.evaluation.keeps and position.update + 1 == position.updates:
             self.tuned = self.method.export(self.model)
         if self.ranks.first:
-            self.method.after_update(self.model, self.inputs(batches))
+            self.method.after_update(self.model, self.inputs(batches), self.precision.autocast)
         if self.ranks.several:
             model, method = self.ranks.broadcast_object(
                 lambda: (self.model.state_dict(), self.method.state())

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from peft.utils import merge_utils
 
 from fomo.errors import UserError
-from fomo.weights import Largest, Lines, Ties, build_rule, merge, recency
+from fomo.weights import Largest, Lines, Ties, build_rule, flat_magnitudes, merge, recency
 
 pytestmark = pytest.mark.filterwarnings("ignore:The density 1.0")  # peft, when it keeps all
 
@@ -200,6 +200,33 @@ def test_breadcrumbs_is_mergekits_mask_and_pefts_election(base, experts, density
         torch.testing.assert_close(got[name], expected, rtol=1e-6, atol=1e-6)
 
 
+RELEASED = {  # 30 % stays, of breadcrumbs without the largest 1 %
+    "ties": {"rule": "ties", "density": 0.3},
+    "dare": {"rule": "dare", "density": 0.3, "then": "ties", "scale": 1.0},
+    "breadcrumbs": {"rule": "breadcrumbs", "density": 0.29, "outliers": 0.01, "scope": "model"},
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_released_settings_by_sorting_the_whole_model(name, base, experts):
+    """The flattened model, trimmed by sorting (or by the drawn masks), with peft's election of signs."""
+    rule = build_rule(RELEASED[name])
+    got = displacement(dict(merge(rule, experts, base)), base)
+    taus = [displacement(e, base) for e in experts]
+    if name == "dare":
+        masks = [[rule.each(t * 0 + 1, n, i, None) > 0 for n, t in sorted(base.items())] for i in range(5)]
+        trimmed = [t * torch.cat([m.flatten() for m in ms]) / 0.3 for t, ms in zip(taus, masks, strict=True)]
+    else:
+        n, trimmed = len(taus[0]), []
+        stop = n - int(0.01 * n) if name == "breadcrumbs" else n
+        for tau in taus:
+            mask = torch.zeros(n)
+            mask[tau.abs().sort().indices[stop - int(rule.density * n) : stop]] = 1
+            trimmed.append(tau * mask)
+    expected = merge_utils.ties(trimmed, torch.ones(5), density=1.0)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_magmax_by_brute_force_and_the_newer_wins_a_tie(base, experts):
     got = merged({"rule": "magmax", "scale": 0.8}, experts, base)
     taus = torch.stack([displacement(e, base) for e in experts]).T.tolist()
@@ -230,7 +257,81 @@ def test_model_stock_where_the_formula_has_no_value(base):
     assert_close(merged({"rule": "model_stock"}, [one], base), one)  # nothing to compare with
     opposite = {n: t - 2 for n, t in base.items()}  # cosine −1, the pole; scalars meet it often
     assert_close(merged({"rule": "model_stock"}, [one, opposite], base), base)
-    assert_close(merged({"rule": "model_stock"}, [one, base], base), base)  # one did not move: cosine 0
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_model_that_did_not_move_does_not_count_in_model_stock(base, experts, n):
+    moved = experts[: n - 1]
+    expected = merged({"rule": "model_stock"}, moved, base)
+    for place in range(n):
+        got = merged({"rule": "model_stock"}, [*moved[:place], base, *moved[place:]], base)
+        assert_close(got, expected)
+
+
+def test_the_cosine_of_model_stock_is_taken_in_float64():
+    """A cosine of 1e-8, which is noise of any sign in float32."""
+    n = 100_000
+    torch.manual_seed(0)
+    a, b = torch.randn(2, n)
+    b -= (a.double() @ b.double() / a.double().square().sum()).float() * a
+    b[0] += 1e-3 / a[0]
+    models = [{"w": a}, {"w": b}]
+    c = float(a.double() @ b.double() / a.double().norm() / b.double().norm())
+    got = merged({"rule": "model_stock"}, models, {"w": torch.zeros(n)})["w"].double()
+    expected = c / (1 + c) * (a.double() + b.double())
+    assert 0 < c < 1e-7 and (got - expected).norm() < 1e-3 * expected.norm()
+
+
+# Degenerate inputs, in closed form
+
+
+def stays_in_place(name, tau):
+    """What of one task vector the rule keeps, by sorting: `tau` whole, or its largest entries."""
+    share = {"ties": 0.3, "breadcrumbs": 0.5}.get(name)
+    if share is None:
+        return tau
+    k, top = int(share * tau.numel()), int(0.1 * tau.numel()) if name == "breadcrumbs" else 0
+    order = tau.abs().flatten().argsort(descending=True, stable=True)
+    mask = torch.zeros(tau.numel())
+    mask[order[top : top + k]] = 1
+    return tau * mask.view(tau.shape)
+
+
+SCALES = {"task_arithmetic": 0.4, "ties": 0.7, "magmax": 0.8}
+# What becomes of τ in: one model that moved by it; that and one that did not move; two that moved by it.
+DEGENERATE = {
+    "task_arithmetic": (1, 1, 2),
+    "ties": (1, 1, 1),
+    "breadcrumbs": (1, 1, 1),
+    "magmax": (1, 1, 1),
+    "model_stock": (1, 1, 1),
+    "opcm": (1, 0.5, 1),  # the norm is the mean of all models, one that did not move among them
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("case", ["one model", "one did not move", "two are equal"])
+def test_one_model_a_zero_task_vector_and_two_equal_models(name, case):
+    base = {"w": torch.randn(20, 15, generator=torch.Generator().manual_seed(1))}
+    (expert,) = experts_of(base, 1)
+    lists = {"one model": [expert], "one did not move": [base, expert], "two are equal": [expert, expert]}
+    got = merged(SPECS[name], lists[case], base)["w"]
+    factor = DEGENERATE[name][list(lists).index(case)] * SCALES.get(name, 1.0)
+    expected = base["w"] + factor * stays_in_place(name, expert["w"] - base["w"])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_dare_interpolate_and_slerp_where_nothing_moved_or_both_are_equal(base, experts):
+    expert = experts[0]
+    dare = build_rule(SPECS["dare"])
+    factors = displacement(dict(merge(dare, [base, expert], base)), base) / displacement(expert, base)
+    assert all(f == pytest.approx(0, abs=1e-2) or f == pytest.approx(0.4 / 0.6, abs=1e-2) for f in factors)
+    for name in ("interpolate", "slerp"):
+        assert_close(merged(SPECS[name], [expert, expert]), expert)
+    assert_close(merged({"rule": "interpolate"}, [expert]), expert)
+    zero = {n: torch.zeros_like(t) for n, t in base.items()}
+    assert all(torch.isfinite(t).all() for t in merged(SPECS["slerp"], [zero, expert]).values())
+    assert_close(merged(SPECS["slerp"], [zero, zero]), zero)
 
 
 def test_opcm_keeps_the_mean_norm_and_adds_what_is_orthogonal(base, experts):
@@ -403,13 +504,13 @@ def test_exactly_the_k_largest_are_chosen_and_ties_in_order(data):
     k = data.draw(st.integers(0, n))
     magnitudes = torch.cat(tensors).abs().tolist()
     chosen = set(sorted(range(n), key=lambda i: -magnitudes[i])[:k])  # sorted() is stable: first come first
-    largest = Largest(k, tensors)
+    largest = Largest(k, flat_magnitudes(tensors))
     assert [bool(x) for tensor in tensors for x in largest.mask(tensor)] == [i in chosen for i in range(n)]
 
 
 def test_nan_counts_as_the_largest():
     tensor = torch.tensor([1.0, math.nan, 3.0])
-    assert Largest(2, [tensor]).mask(tensor).tolist() == [False, True, True]
+    assert Largest(2, tensor.abs()).mask(tensor).tolist() == [False, True, True]
 
 
 def test_scope_model_ranks_over_the_whole_model_and_scope_tensor_within_each():

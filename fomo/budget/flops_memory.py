@@ -112,8 +112,7 @@ def two_updates(
         inner.rule = Interpolate()  # which models it holds is decided; other rules may look at values
         inner = inner.tune
     method.before_update(model)
-    with precision.autocast():
-        method.after_update(model, [batch])
+    method.after_update(model, [batch], precision.autocast)
     method.before_update(model)
     optimizer = method.optimizer(parameters, Optimizer(lr=1e-5))
     for parameter in parameters:

@@ -4,7 +4,8 @@ Two sentences carry the design: `before_update` leaves in the model the weights 
 leaves in it the weights to deploy. The loop in update.py owns forward, backward, clipping and schedule.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from fomo.clip import Features
 from fomo.distributed import ALONE, Ranks
 from fomo.recipe import Optimizer
 from fomo.weights import Weights
+
+Autocast = Callable[[], AbstractContextManager]  # train.Precision.autocast
 
 
 class Inputs(NamedTuple):
@@ -63,8 +66,13 @@ class Method:
     def after_step(self, model: nn.Module, lr: float) -> None:
         """Every step, after the optimizer moved; the clipped gradients are still there."""
 
-    def after_update(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
-        """Leave in the model the weights to deploy. `batches`: this update's, made when iterated."""
+    def after_update(
+        self, model: nn.Module, batches: Iterable[Inputs], autocast: Autocast = nullcontext
+    ) -> None:
+        """Leave in the model the weights to deploy.
+
+        `batches`: this update's, made when iterated. `autocast()`: a context that computes in the run's precision.
+        """
 
     def export(self, model: nn.Module) -> Weights:
         """Plain open_clip weights: what merges and checkpoints of users see. Copies."""

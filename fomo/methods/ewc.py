@@ -15,16 +15,21 @@ without its exponential, and only update data is seen.
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fomo.clip import Features, contrastive_loss, encode
-from fomo.methods.base import Inputs
+from fomo.methods.base import Autocast, Inputs
 from fomo.methods.pull import Pulled
 from fomo.schema import Count, NotNegative, Share
 from fomo.weights import Weights
+
+SCALE = (
+    2.0**10
+)  # of the Fisher's loss: small gradients would vanish in fp16; elsewhere a power of 2 changes no bit
 
 
 @dataclass
@@ -38,30 +43,30 @@ class Ewc(Pulled):
     def penalty(self, model: nn.Module, batch: Inputs, features: Features) -> Tensor | float:
         return self.strength / 2 * self.pull()
 
-    def after_update(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
-        fresh = self.estimate(model, batches)
+    def after_update(
+        self, model: nn.Module, batches: Iterable[Inputs], autocast: Autocast = nullcontext
+    ) -> None:
+        fresh = self.estimate(model, batches, autocast)
         for name, old in self.importance.items():
             fresh[name].add_(old, alpha=self.decay)
         self.importance = fresh
 
-    def estimate(self, model: nn.Module, batches: Iterable[Inputs]) -> Weights:
+    def estimate(self, model: nn.Module, batches: Iterable[Inputs], autocast: Autocast) -> Weights:
         """F_new. In evaluation mode: nothing is dropped, no running statistics of a batch norm move."""
         model.eval()
         total = {name: torch.zeros_like(p) for name, p in self.trained.items()}
         seen = count = 0
         for batch in batches:
-            device = batch.images.device.type
-            half = device == "cuda" or torch.is_autocast_enabled(device)  # as in training, by default
-            with torch.autocast(device, torch.bfloat16, enabled=half):
+            with autocast():
                 features = encode(model, batch.images, batch.tokens)
-            loss = contrastive_loss(features)
+            loss = SCALE * contrastive_loss(features)
             gradients = torch.autograd.grad(loss, list(self.trained.values()), materialize_grads=True)
             for squares, gradient in zip(total.values(), gradients, strict=True):
                 squares.addcmul_(gradient, gradient)
             count, seen = count + 1, seen + len(batch.images)
             if seen >= self.samples:
                 break
-        return {name: squares.div_(max(count, 1)) for name, squares in total.items()}
+        return {name: squares.div_(max(count, 1) * SCALE**2) for name, squares in total.items()}
 
     def cost(self, step: float, batch: int) -> tuple[float, float]:
         """The Fisher's batches: a forward and a backward pass each, as in a step."""

@@ -13,12 +13,17 @@ Roth et al. 2024, arXiv 2408.14471, sections 5.2 and A.3; Dziadzio et al. 2024, 
     ZS-merge    init: zeroshot,  deploy: ema
     FT-merge    init: ema,       deploy: ema,  partner: base
 
+The follow-up's released code merges as these three do only for EMA-merge and ZS-merge; all its other cells with an
+ema leave θ_0 out of it, u_1 = e_1, which is `first_ema: expert`. Its offline merges can take θ_0 in as an expert:
+`include_zero_shot: true`.
+
 With interpolation and keep = k, EMA-merge gives u_t = k^t θ_0 + Σ_i (1 - k) k^(t-i) e_i while only u is kept:
 constant memory over all updates. So is a_t for the rules that have a running form (weights.Rule.fold); for
 the others the experts are kept on disk and mapped. A recipe writes the rule's fields (`keep`, ...) beside these.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -28,7 +33,7 @@ from torch import nn
 from fomo import weights
 from fomo.atomic import OnDisk, write_tensors
 from fomo.errors import FieldError
-from fomo.methods.base import Inputs, Method
+from fomo.methods.base import Autocast, Inputs, Method
 from fomo.recipe import Optimizer
 from fomo.weights import Weights
 
@@ -39,6 +44,8 @@ class Merge(Method):
     deploy: Literal["finetuned", "ema", "all"] = "ema"
     partner: Literal["ema", "base"] = "ema"
     recency: weights.Recency = "equal"  # how `all` weights its experts
+    include_zero_shot: bool = False  # take θ_0 into `all` as the oldest expert
+    first_ema: Literal["merged", "expert"] = "merged"  # u_1: rule([θ_0, e_1]; θ_0), or e_1
     allow_divergent: bool = False  # run a rule whose displacement grows at every update all the same
     tune: Method = field(default_factory=Method)
     rule: weights.Rule = field(default_factory=weights.Interpolate)
@@ -47,6 +54,10 @@ class Merge(Method):
     folder: Path | None = field(default=None, init=False)
 
     def __post_init__(self):
+        if self.include_zero_shot and not self.uses_all:
+            raise FieldError("method.include_zero_shot", "is for init or deploy all, which are not said here")
+        if self.first_ema == "expert" and (self.partner == "base" or not self.uses_ema):
+            raise FieldError("method.first_ema", "is for init or deploy ema, with partner ema")
         if self.uses_all and self.rule.pairwise:
             problem = f"{self.rule.name} merges two models, it has no merge of all experts"
             raise FieldError("method.rule", problem)
@@ -93,8 +104,10 @@ class Merge(Method):
     def after_step(self, model: nn.Module, lr: float) -> None:
         self.tune.after_step(model, lr)
 
-    def after_update(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
-        self.tune.after_update(model, batches)
+    def after_update(
+        self, model: nn.Module, batches: Iterable[Inputs], autocast: Autocast = nullcontext
+    ) -> None:
+        self.tune.after_update(model, batches, autocast)
         self.experts += 1
         fresh = {"finetuned": self.tune.export(model)}
         if self.uses_ema:
@@ -109,6 +122,8 @@ class Merge(Method):
 
     def merge_with_old(self, newest: Weights) -> Weights:
         """u_t. DARE draws other masks at every update."""
+        if self.first_ema == "expert" and self.experts == 1:
+            return newest
         old = self.models["zeroshot" if self.partner == "base" else "ema"]
         seeded = isinstance(self.rule, weights.Dare)
         rule = replace(self.rule, seed=self.rule.seed + self.experts) if seeded else self.rule
@@ -116,7 +131,7 @@ class Merge(Method):
 
     def merge_all(self, newest: Weights) -> tuple[Weights, Weights]:
         """-> (running form, merge of all experts); the running form stays θ_0 where the rule has none."""
-        n = self.experts
+        n = self.experts + self.include_zero_shot
         weighing = {"weights", "keep"} & {f.name for f in fields(self.rule)}
         alone = replace(self.rule, **dict.fromkeys(weighing))
         backwards = self.recency.startswith("reversed")
@@ -124,8 +139,10 @@ class Merge(Method):
         if fold is not None:
             running = newest if n == 1 else self.merge([self.models["running"], newest], fold)
             return running, self.merge([running], alone)
-        write_tensors(newest, self.folder / f"expert_{n:03d}.safetensors")
-        experts = [OnDisk(self.folder / f"expert_{i:03d}.safetensors") for i in range(1, n + 1)]
+        write_tensors(newest, self.folder / f"expert_{self.experts:03d}.safetensors")
+        experts = [OnDisk(self.folder / f"expert_{i:03d}.safetensors") for i in range(1, self.experts + 1)]
+        if self.include_zero_shot:
+            experts.insert(0, self.models["zeroshot"])
         weighed = replace(alone, weights=weights.recency(self.recency, n)) if weighing else alone
         return self.models["running"], self.merge(experts, weighed)
 

@@ -17,6 +17,7 @@ stores the trained weights.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fomo.clip import Features
-from fomo.methods.base import Inputs
+from fomo.methods.base import Autocast, Inputs
 from fomo.methods.pull import Pulled
 from fomo.schema import NotNegative, Positive
 
@@ -62,7 +63,9 @@ class SynapticIntelligence(Pulled):
                 self.path[name].addcmul_(p.grad, p - self.before.pop(name), value=-1)
 
     @torch.no_grad()
-    def after_update(self, model: nn.Module, batches: Iterable[Inputs]) -> None:
+    def after_update(
+        self, model: nn.Module, batches: Iterable[Inputs], autocast: Autocast = nullcontext
+    ) -> None:
         for name, p in self.trained.items():
             fresh = self.path[name].clamp_(min=0).div_((p - self.anchor[name]).square_().add_(self.damping))
             self.importance[name] = self.importance[name] + fresh if name in self.importance else fresh

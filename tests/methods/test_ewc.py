@@ -1,8 +1,11 @@
 """EWC against loops over scalars, on a CLIP of three parameters."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import pairs, small_model
 from torch import nn
 
 from fomo.methods import build_method
@@ -64,6 +67,26 @@ def test_fisher_is_the_mean_square_of_batch_gradients():
     _, method = ewc_after(1)
     for name, expected in squares(batches(3)).items():
         assert method.importance[name].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_fisher_is_taken_in_the_precision_it_is_told():
+    """Under a merge, too. bf16 rounds a and the features to 8 bits: near the float32 Fisher, but not it."""
+    for spec in ({"name": "ewc"}, {"name": "merge", "tune": {"name": "ewc"}}):
+        fishers = []
+        for dtype, autocast in (
+            (torch.float32, nullcontext),
+            (torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16)),
+        ):
+            model, method = small_model("vit"), build_method(spec)
+            method.prepare(model)
+            method.before_update(model)
+            seen = []
+            model.visual.conv1.register_forward_hook(lambda m, x, y, seen=seen: seen.append(y.dtype))
+            method.after_update(model, [Inputs(*pairs(model), torch.zeros(4))], autocast)
+            assert seen == [dtype]
+            fishers.append(getattr(method, "tune", method).importance["visual.proj"])
+        assert not torch.equal(*fishers)
+        torch.testing.assert_close(*fishers, rtol=0.3, atol=fishers[0].max().item() * 0.05)
 
 
 def test_fisher_decays_from_update_to_update():

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from fomo import weights
 from fomo.errors import FieldError
+from fomo.load_recipe import load
 from fomo.methods import build_method
+from fomo.update import run_recipe
 
 UPDATES = 6
 
@@ -82,6 +85,52 @@ def test_all_twelve_cells_start_and_deploy_what_they_say(init, deploy, deltas):
         ema = k * ema + (1 - k) * tuned[t]
         mean = torch.stack(tuned[: t + 1]).mean(0)
         torch.testing.assert_close(deployed[t], {"finetuned": tuned[t], "ema": ema, "all": mean}[deploy])
+
+
+@pytest.mark.parametrize("init", ["zeroshot", "finetuned", "ema"])
+def test_an_ema_may_begin_with_the_first_expert(init, deltas):
+    spec = {"init": init, "first_ema": "expert", "keep": 0.6}
+    starts, tuned, deployed = live(spec, deltas)
+    ema = tuned[0]
+    torch.testing.assert_close(deployed[0], ema, rtol=0, atol=0)
+    for t in range(1, UPDATES):
+        origin = Toy().a.detach()
+        torch.testing.assert_close(
+            starts[t], {"zeroshot": origin, "finetuned": tuned[t - 1], "ema": ema}[init]
+        )
+        ema = 0.6 * ema + 0.4 * tuned[t]
+        torch.testing.assert_close(deployed[t], ema)
+
+
+@pytest.mark.parametrize("rule", ["interpolate", "ties", "magmax", "model_stock"])
+@pytest.mark.parametrize("recency", ["equal", "linear", "reversed_square"])
+def test_the_zero_shot_model_may_be_an_expert(rule, recency, deltas, tmp_path):
+    spec = {"init": "zeroshot", "deploy": "all", "rule": rule, "recency": recency}
+    _, tuned, deployed = live({**spec, "include_zero_shot": True}, deltas, tmp_path)
+    origin = Toy().a.detach()
+    weighted = {"weights": weights.recency(recency, UPDATES + 1)} if rule == "interpolate" else {}
+    exact = weights.build_rule({"rule": rule, **weighted})
+    models = [{"a": e} for e in (origin, *tuned)]
+    torch.testing.assert_close(deployed[-1], dict(weights.merge(exact, models, {"a": origin}))["a"])
+
+
+def test_stock_merge_moves_along_the_displacement_of_finetuning(small_scale, tmp_path):
+    """Five updates: u_1 = e_1, then every tensor of u_t but the logit scale lies on the side that e_t moved to."""
+    runs = {}
+    for deploy in ("ema", "finetuned"):
+        method = f"method={{name: merge, rule: model_stock, deploy: {deploy}}}"
+        recipe = load(None, scale=str(small_scale), overrides=[method, "stream.updates=5", "budget.steps=3"])
+        run_recipe(recipe, tmp_path / deploy, resume=False, device="cpu")
+        runs[deploy] = [
+            load_file(path) for path in sorted((tmp_path / deploy / "weights").glob("*.safetensors"))
+        ]
+    (origin, *merged), (_, *tuned) = runs["ema"], runs["finetuned"]
+    torch.testing.assert_close(merged[0], tuned[0])
+    for u, e in zip(merged, tuned, strict=True):
+        for name in origin:
+            if origin[name].ndim:
+                moved, towards = ((m[name] - origin[name]).double().flatten() for m in (u, e))
+                assert moved @ towards > 0.5 * moved.norm() * towards.norm() > 0, name
 
 
 @pytest.mark.parametrize("rule", ["interpolate", "task_arithmetic", "magmax", "ties", "model_stock"])

@@ -1,5 +1,8 @@
 """The contract of every method, through two tiny updates of a real run."""
 
+import re
+from pathlib import Path
+
 import open_clip
 import pytest
 import torch
@@ -7,6 +10,7 @@ from safetensors.torch import load_file
 from small_models import vit_b16
 from small_runs import assert_same, run_method
 
+import fomo.methods
 from fomo.clip import contrastive_loss, encode
 from fomo.errors import FieldError
 from fomo.load_recipe import load
@@ -15,6 +19,8 @@ from fomo.pretrain import starting_model
 from fomo.recipe import Optimizer
 from fomo.update import run_recipe
 
+FOMO = Path(fomo.methods.__file__).parents[1]
+DOCS = FOMO.parent / "docs"
 # Settings under which what a method remembers shows in the weights.
 SETTINGS = {
     "merge": "{name: merge, tune: {name: lora}}",
@@ -139,6 +145,9 @@ def test_counts_of_trained_parameters_of_vit_b16(spec, expected):
         ({"name": "merge", "recency": "newest"}, "method.recency"),
         ({"name": "merge", "partner": "zeroshot"}, "method.partner"),
         ({"name": "merge", "keep": 2}, "method.keep"),
+        ({"name": "merge", "include_zero_shot": True}, "method.include_zero_shot"),
+        ({"name": "merge", "first_ema": "expert", "partner": "base"}, "method.first_ema"),
+        ({"name": "merge", "first_ema": "expert", "deploy": "all", "init": "all"}, "method.first_ema"),
         ({"name": "merge", "rule": "slerp", "deploy": "all"}, "method.rule"),
         ({"name": "merge", "rule": "task_arithmetic", "scale": 0.6}, "method.scale"),
         ({"name": "merge", "tune": {"name": "ewc", "strength": -1}}, "method.tune.strength"),
@@ -151,3 +160,14 @@ def test_a_mistake_is_named_where_it_stands(spec, field):
     with pytest.raises(FieldError) as error:
         build_method(spec)
     assert str(error.value).startswith(f"{field}: ")
+
+
+def test_every_row_of_the_table_of_differences_names_code_that_is_there():
+    section = (DOCS / "methods.md").read_text().split("## Where we differ")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 30
+    for row in rows:
+        file, names = row.strip("| ").split(" | ")[-1].strip("`").split(": ")
+        (path,) = [p for p in (FOMO / file, FOMO / "methods" / file) if p.exists()]
+        for name in names.split(", "):
+            assert all(re.search(rf"\b{part}\b", path.read_text()) for part in name.split(".")), row
