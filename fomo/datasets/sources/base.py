@@ -165,6 +165,31 @@ class PictureFiles(Source):
         return digest.hexdigest()
 
 
+def caption_lines(data: bytes) -> list[str]:
+    """The captions of a `.txt`, wherever it lies: one a line, each once, blank lines left out.
+
+    Raises a ValueError if it is not UTF-8.
+    """
+    text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # no other breaks end a line
+    return distinct(text.split("\n"))
+
+
+def distinct(texts: list[str]) -> list[str]:
+    """Without blanks around them, empty ones left out, each at its first place."""
+    return list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+
+
+def captions_beside(picture: str) -> list[str]:
+    """Of the `.txt` that has the picture's name but for the suffix; none without such a file."""
+    file = os.path.splitext(picture)[0] + ".txt"
+    if not os.path.isfile(file):
+        return []
+    try:
+        return caption_lines(Path(file).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable caption: {error}") from None
+
+
 class Captioned(Source):
     """A source that holds the captions of all its pictures in memory."""
 
