@@ -279,12 +279,21 @@ def same_names(classes: list[str]) -> tuple[str, ...]:
 
 def rgb(image: Image.Image) -> Image.Image:
     """Any mode, any EXIF orientation -> upright RGB."""
-    turn = TURNS.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose fails on damaged EXIF data
+    turn = turn_of(image)
     image = image if turn is None else image.transpose(turn)
-    if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
+    if has_alpha(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode.startswith(("I", "F")):  # 16 and 32 bit
         values = np.asarray(image, dtype=np.float64)
         image = Image.fromarray((values / max(values.max(), 255) * 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes it upright, by its EXIF data; ImageOps.exif_transpose fails where those are damaged."""
+    return TURNS.get(image.getexif().get(0x0112))
+
+
+def has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info)
