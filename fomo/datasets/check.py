@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from fomo.datasets.arrays import in_chunks
 from fomo.datasets.cache import LIMIT, decode, folder_of, open_complete, open_pixels, summary
 from fomo.datasets.datafile import DataFile, Entry, read, splits_of
-from fomo.datasets.sources.base import UNREADABLE, Source, rgb
+from fomo.datasets.sources.base import UNREADABLE, Source, has_alpha, rgb, turn_of
 from fomo.datasets.sources.webdataset import Shards
 from fomo.errors import UserError
 from fomo.recipe import Model
@@ -40,6 +40,8 @@ class Split:
     broken: list[str]
     captions: int  # all of them
     bare: int  # pictures without a caption
+    transparent: int
+    turned: int  # by their EXIF data
     copies: int = 0  # test pictures that are also in what is trained on
 
     @property
@@ -93,26 +95,32 @@ def check(path: str | Path, plot: str | None = None) -> Findings:
 
 def scan(entry: Entry, split: str, source: Source) -> Split:
     """Decode every picture, in processes where there are many."""
-    hashes, broken = [], []
-    for part, problems in in_chunks(partial(hash_chunk, source), len(source), f"{entry.where} ({split})"):
+    hashes, broken, transparent, turned = [], [], 0, 0
+    for part, problems, alpha, turns in in_chunks(
+        partial(hash_chunk, source), len(source), f"{entry.where} ({split})"
+    ):
         hashes.append(part)
         broken += problems
+        transparent, turned = transparent + alpha, turned + turns
     counts = source.caption_counts()
     captions, bare = int(counts.sum()), int((counts == 0).sum())
-    return Split(entry, split, source, np.concatenate(hashes), broken, captions, bare)
+    return Split(entry, split, source, np.concatenate(hashes), broken, captions, bare, transparent, turned)
 
 
-def hash_chunk(source: Source, numbers: range) -> tuple[np.ndarray, list[str]]:
-    hashes, problems = np.zeros(len(numbers), np.uint64), []
+def hash_chunk(source: Source, numbers: range) -> tuple[np.ndarray, list[str], int, int]:
+    """-> hashes of the pixels, what is wrong with broken pictures, how many are transparent, how many turned."""
+    hashes, problems, alpha, turns = np.zeros(len(numbers), np.uint64), [], 0, 0
     for place, index in enumerate(numbers):
         try:
-            image = rgb(source.image(index))
+            image = source.image(index)
+            upright = rgb(image)
         except UNREADABLE as error:
             problems.append(f"{source.name_of(index)}: {' '.join(str(error).split())}")
             continue
-        digest = hashlib.blake2b(image.tobytes(), digest_size=8, salt=repr(image.size).encode()[:16])
+        alpha, turns = alpha + has_alpha(image), turns + (turn_of(image) is not None)
+        digest = hashlib.blake2b(upright.tobytes(), digest_size=8, salt=repr(upright.size).encode()[:16])
         hashes[place] = max(int.from_bytes(digest.digest(), "little"), 1)
-    return hashes, problems
+    return hashes, problems, alpha, turns
 
 
 def judge(split: Split, data: DataFile, found: Findings) -> None:
@@ -125,6 +133,17 @@ def judge(split: Split, data: DataFile, found: Findings) -> None:
             found.errors.append(f"{line}, the limit is {LIMIT:.0%}")
         else:
             warn.append(line)
+    deployed = (
+        "open_clip's own preprocessing of the deployed model does not, so do it before it sees such pictures"
+    )
+    if split.transparent:
+        warn.append(
+            f"{split.name}: {split.transparent} pictures are transparent, here put on white; {deployed}"
+        )
+    if split.turned:
+        warn.append(
+            f"{split.name}: {split.turned} pictures are turned by their EXIF orientation here; {deployed}"
+        )
     if isinstance(source, Shards) and source.guessed is not None:
         for label in split.present.tolist():
             if source.classes[label] == f"class {label}":

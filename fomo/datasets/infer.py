@@ -210,8 +210,10 @@ def columns_of(tables: list[Path]) -> dict:
         raise UserError(f"{tables[0].parent}: more than one table: {names}; name the one that is meant")
     columns = columns_in(tables[0])
     if "image" not in columns:
-        accepted, has = ", ".join(COLUMNS["image"]), ", ".join(header(tables[0])) or "none"
-        raise UserError(f"{tables[0]}: no column of pictures, it has: {has}; accepted: {accepted}")
+        names = header(tables[0])
+        hint = "; is the separator right?" if len(names) == 1 else ""
+        accepted, has = ", ".join(COLUMNS["image"]), ", ".join(names) or "none"
+        raise UserError(f"{tables[0]}: no column of pictures, it has: {has}; accepted: {accepted}{hint}")
     return {"caption": None, **columns}
 
 

@@ -139,6 +139,22 @@ def test_empty_and_endless_captions_are_warnings(tmp_path, data):
     )
 
 
+def test_transparent_and_turned_pictures_are_counted(tmp_path, data):
+    """open_clip's preprocessing, which sees the deployed model's pictures, neither flattens nor turns them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name, image, options in (
+        ("a.png", noise(60).convert("RGBA"), {}),
+        ("b.png", noise(61).convert("LA"), {}),
+        ("c.png", noise(62).convert("P", palette=Image.Palette.ADAPTIVE, colors=4), {"transparency": 1}),
+        ("d.jpg", noise(63), {"exif": exif}),
+    ):
+        image.save(tmp_path / "pets" / "train" / "cat" / name, **options)
+    transparent, turned = check(written(tmp_path, data)).warnings
+    assert transparent.startswith("adaptation.pets (train): 3 pictures are transparent")
+    assert turned.startswith("adaptation.pets (train): 1 pictures are turned by their EXIF")
+
+
 def test_plot_draws_a_contact_sheet_of_each_dataset(tmp_path, data, cli):
     arguments = ["data", "check", written(tmp_path, data), "--plot", str(tmp_path / "sheets")]
     assert CliRunner().invoke(cli, arguments).exit_code == 0

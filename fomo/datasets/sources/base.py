@@ -165,6 +165,31 @@ class PictureFiles(Source):
         return digest.hexdigest()
 
 
+def caption_lines(data: bytes) -> list[str]:
+    """The captions of a `.txt`, wherever it lies: one a line, each once, blank lines left out.
+
+    Raises a ValueError if it is not UTF-8.
+    """
+    text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")  # no other breaks end a line
+    return distinct(text.split("\n"))
+
+
+def distinct(texts: list[str]) -> list[str]:
+    """Without blanks around them, empty ones left out, each at its first place."""
+    return list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+
+
+def captions_beside(picture: str) -> list[str]:
+    """Of the `.txt` that has the picture's name but for the suffix; none without such a file."""
+    file = os.path.splitext(picture)[0] + ".txt"
+    if not os.path.isfile(file):
+        return []
+    try:
+        return caption_lines(Path(file).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not a readable caption: {error}") from None
+
+
 class Captioned(Source):
     """A source that holds the captions of all its pictures in memory."""
 
@@ -254,12 +279,21 @@ def same_names(classes: list[str]) -> tuple[str, ...]:
 
 def rgb(image: Image.Image) -> Image.Image:
     """Any mode, any EXIF orientation -> upright RGB."""
-    turn = TURNS.get(image.getexif().get(0x0112))  # ImageOps.exif_transpose fails on damaged EXIF data
+    turn = turn_of(image)
     image = image if turn is None else image.transpose(turn)
-    if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
+    if has_alpha(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode.startswith(("I", "F")):  # 16 and 32 bit
         values = np.asarray(image, dtype=np.float64)
         image = Image.fromarray((values / max(values.max(), 255) * 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes it upright, by its EXIF data; ImageOps.exif_transpose fails where those are damaged."""
+    return TURNS.get(image.getexif().get(0x0112))
+
+
+def has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info)

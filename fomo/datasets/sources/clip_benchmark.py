@@ -26,7 +26,7 @@ class ClipBenchmark(Shards):
         paths = [f"{base}/{self.split}/{i}.tar" for i in range(self.count(base))]
         retrieval = (fetch_text(f"{base}/dataset_type.txt") or "").strip() == "retrieval"
         names = None if retrieval else f"{base}/classnames.txt"
-        self.open_shards(paths, fetch(names) if names and fetch_text(names) is not None else None, retrieval)
+        self.open_shards(paths, fetch(names) if names and fetch_text(names) is not None else None)
         templates = (fetch_text(f"{base}/zeroshot_classification_templates.txt") or "").splitlines()
         self.prompts = tuple(t.replace("{c}", "{}").strip() for t in templates if "{c}" in t) or self.prompts
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fomo.datasets.arrays import Strings
-from fomo.datasets.sources.base import IMAGE_SUFFIXES, NamedClasses, PictureFiles
+from fomo.datasets.sources.base import IMAGE_SUFFIXES, NamedClasses, PictureFiles, captions_beside
 from fomo.errors import UserError
 
 
@@ -57,14 +57,7 @@ class Folder(PictureFiles, NamedClasses):
 
     def captions(self, index: int) -> list[str]:
         """The lines of the `.txt` beside the picture."""
-        file = os.path.splitext(self.path_of(index))[0] + ".txt"
-        try:
-            with open(file, encoding="utf-8-sig") as lines:
-                return list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: not a readable caption: {error}") from None
+        return captions_beside(self.path_of(index))
 
 
 def folders_in(root: Path) -> list[os.DirEntry]:

@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fomo.datasets.arrays import Captions, Strings
-from fomo.datasets.sources.base import Captioned, NamedClasses, PictureFiles
+from fomo.datasets.sources.base import Captioned, NamedClasses, PictureFiles, captions_beside, distinct
 from fomo.errors import UserError
 
 csv.field_size_limit(10_000_000)  # characters of a caption; Python's own limit is 131,072
 
 
 class Table(PictureFiles, Captioned, NamedClasses):
-    """Rows that follow each other with the same picture are one sample with several captions."""
+    """All rows of one picture, wherever they stand, are one sample with several captions, each of them once.
+
+    A picture without a caption in the table has the lines of the `.txt` beside it. Samples are in the order of
+    their first rows; a picture has one class, that of its first row that has any.
+    """
 
     separator = ","
 
@@ -30,19 +34,38 @@ class Table(PictureFiles, Captioned, NamedClasses):
         self.base, self.separator = str(Path(path).parent), separator or self.separator
         if len(self.separator) != 1:
             raise UserError(f"{path}: separator: expected one character, got {separator!r}")
-        names: dict[str, int] = {}
-        files, labels, captions = [], [], []
+        names: dict[str, int] = {}  # class name -> its number here
+        numbers: dict[str, int] = {}  # path -> number of the sample
+        files, labels, captions, contradictory = [], [], [], {}
         for file, text, concept in self.rows():
-            if not files or file != files[-1]:
+            number = numbers.setdefault(os.path.normpath(self.locate(file)), len(files))
+            if number == len(files):
                 files.append(file)
-                labels.append(names.setdefault(concept, len(names)) if concept else -1)
+                labels.append(-1)
                 captions.append([])
-            if text:
-                captions[-1].append(text)
+            captions[number].append(text)
+            label = names.setdefault(concept, len(names)) if concept else -1
+            if labels[number] == -1:
+                labels[number] = label
+            elif label not in (-1, labels[number]):
+                contradictory.setdefault(number, concept)
         if not files:
             raise UserError(f"{self.path}: no rows below the header")
-        self.files, self.texts = Strings.of(files), Captions.of(captions)
+        self.files = Strings.of(files)
+        written = map(distinct, captions)
+        self.texts = Captions.of(
+            [texts or captions_beside(self.path_of(i)) for i, texts in enumerate(written)]
+        )
         self.number(list(names), labels)
+        if contradictory:
+            self.notes = (self.contradiction(contradictory),)
+
+    def contradiction(self, others: dict[int, str]) -> str:
+        """A note on pictures with rows of several classes. others: number of the sample -> another class of it."""
+        number, other = next(iter(others.items()))
+        both = f"{self.classes[self.labels[number]]!r} and {other!r}"
+        first = f"first: {self.files[number]} ({both})"
+        return f"{len(others)} pictures have rows of several classes, {first}; only their first is used"
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """(picture, caption, concept) of each row, empty where it has none."""
@@ -68,7 +91,10 @@ class Table(PictureFiles, Captioned, NamedClasses):
             raise UserError(f"{self.path}: no column {column!r}, it has: {', '.join(columns)}{none}{hint}")
 
     def path_of(self, index: int) -> str:
-        return os.path.join(self.base, os.path.expandvars(self.files[index]))
+        return self.locate(self.files[index])
+
+    def locate(self, file: str) -> str:
+        return os.path.join(self.base, os.path.expandvars(file))
 
 
 class Tsv(Table):

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,25 +16,38 @@ from tqdm import tqdm
 
 from fomo.atomic import cache_root, make
 from fomo.datasets.arrays import Arrays, Captions, Strings, cores, in_processes, read_array
-from fomo.datasets.sources.base import IMAGE_SUFFIXES, Captioned, NumberedClasses, read_names
+from fomo.datasets.sources.base import (
+    IMAGE_SUFFIXES,
+    Captioned,
+    NumberedClasses,
+    caption_lines,
+    distinct,
+    read_names,
+)
 from fomo.datasets.sources.hub import expand, fetch
 from fomo.errors import UserError
 
-VERSION = 2  # of the index
+VERSION = 3  # of the index: of its form, and of which members are samples
 NAMES_FILES = ("classes.txt", "classnames.txt")
+TEXTS = ("cls", "txt", "json")
+CAPTION_KEYS = ("caption", "text")  # of a .json that has no "captions"; the first that is there
 
 
 class Shards(Captioned, NumberedClasses):
-    """Tar shards end to end: members that share a name are one sample (`.jpg .cls .txt .json`)."""
+    """Tar shards end to end: members that share a name but for the suffix are one sample (`.jpg .cls .txt .json`).
 
-    def open_shards(self, paths: list[str], names: Path | None, lines: bool = False) -> None:
-        """`lines`: each line of a `.txt` is a caption, else all of it is one."""
+    `shirt.back.jpg` with a `shirt.back.txt` is a sample beside `shirt.jpg`. Without texts of its own it belongs to
+    `shirt`: it is that sample's picture if there is no `shirt.jpg`, else it is left out, with a note.
+    """
+
+    def open_shards(self, paths: list[str], names: Path | None, keys: tuple[str, ...] = ()) -> None:
+        """keys: in the `.json` members, of the captions, and then nothing else is one."""
         self.files = [str(fetch(path)) for path in paths]
         missing = [path for path in self.files if not Path(path).is_file()]
         if missing:
             more = f" ({len(missing)} of {len(paths)} shards are missing)" if len(paths) > 1 else ""
             raise UserError(f"{missing[0]}: no such tar file{more}")
-        folder = index_of(self.files, self.key(), lines)
+        folder = index_of(self.files, self.key(), keys)
         meta = json.loads((folder / "meta.json").read_text())
         self.starts = np.array(meta["starts"])  # (shards + 1,) number of the first sample of each
         self.offsets = read_array(folder, "offsets", np.int64)  # (n,) of the picture in its shard
@@ -42,9 +57,7 @@ class Shards(Captioned, NumberedClasses):
         self.labels = read_array(folder, "labels", np.int64)
         if not len(self.labels):
             raise UserError(f"{paths[0]}: no samples, expected members such as 000.jpg, 000.txt, 000.cls")
-        if meta["dropped"]:
-            what = f"{meta['dropped']} samples have no picture, first: {meta['first']}"
-            self.notes += (f"{what}; skipped (known: {', '.join(IMAGE_SUFFIXES)})",)
+        self.notes += tuple(meta["notes"])
         self.name_classes(self.first_captions(), names, read_names(names) if names else [], self.files[0])
 
     def first_captions(self) -> dict[int, str]:
@@ -67,7 +80,7 @@ class Shards(Captioned, NumberedClasses):
         return self.names[index]
 
     def key(self) -> str:
-        return "webdataset " + " ".join(stamp(path) for path in self.files)
+        return f"webdataset {VERSION} " + " ".join(stamp(path) for path in self.files)
 
 
 def stamp(path: str) -> str:
@@ -82,6 +95,7 @@ class Webdataset(Shards):
 
     path: str | list[str]
     classes_file: str | None = None  # default: classes.txt or classnames.txt beside the first shard
+    caption: str | list[str] | None = None  # keys in `.json` members: what is under them, and no other text
 
     def __post_init__(self):
         given = self.path if isinstance(self.path, list) else [self.path]
@@ -90,108 +104,185 @@ class Webdataset(Shards):
         paths = [path for pattern in given for path in expand(pattern)]
         beside = [fetch(paths[0]).parent / name for name in NAMES_FILES]
         found = next((file for file in beside if file.is_file()), None)
-        self.open_shards(paths, Path(self.classes_file) if self.classes_file else found)
+        keys = (self.caption,) if isinstance(self.caption, str) else tuple(self.caption or ())
+        self.open_shards(paths, Path(self.classes_file) if self.classes_file else found, keys)
 
 
-def index_of(files: list[str], key: str, lines: bool) -> Path:
+def index_of(files: list[str], key: str, caption_keys: tuple[str, ...]) -> Path:
     """The folder with the index of these shards, made now if it is not there yet."""
-    digest = hashlib.sha256(f"{VERSION} {lines} {key}".encode()).hexdigest()[:20]
+    digest = hashlib.sha256(f"{VERSION} {caption_keys} {key}".encode()).hexdigest()[:20]
     folder = cache_root() / "indexes" / digest
     if not folder.exists():
-        make(folder, partial(write_index, files, lines))
+        make(folder, partial(write_index, files, caption_keys))
     return folder
 
 
-def write_index(files: list[str], lines: bool, folder: Path) -> None:
-    arrays, starts, without = Arrays(folder), [0], []
+def write_index(files: list[str], caption_keys: tuple[str, ...], folder: Path) -> None:
+    arrays, starts = Arrays(folder), [0]
+    noted: dict[str, tuple[int, str]] = {}
     lengths = dict.fromkeys(("names", "texts", "texts_ends"), 0)  # of these arrays, up to the last shard
-    shards = in_processes(partial(scan, lines=lines), files, cores() if len(files) > 8 else 0)
+    shards = in_processes(partial(scan, keys=caption_keys), files, cores() if len(files) > 8 else 0)
     for found in tqdm(shards, "indexing shards", len(files), leave=False, disable=len(files) == 1):
         if isinstance(found, UserError):
             raise found
-        columns, no_picture = found
+        columns, members = found
         starts.append(starts[-1] + len(columns["labels"]))
         for ends, of in (("names_ends", "names"), ("texts_ends", "texts"), ("rows", "texts_ends")):
             columns[ends] = columns[ends] + lengths[of]
             lengths[of] += len(columns[of])
         arrays.append(**columns)
-        without += no_picture
-    arrays.finish(starts=starts, dropped=len(without), first=(without or [""])[0])
+        for what, (count, name) in members.items():
+            before, first = noted.get(what, (0, name))
+            noted[what] = (before + count, first)
+    notes = [f"{count} {what}, first: {first}" for what, (count, first) in noted.items()]
+    arrays.finish(starts=starts, notes=notes)
 
 
-def scan(file: str, lines: bool) -> tuple[dict[str, np.ndarray], list[str]] | UserError:
-    """-> the columns of one shard's index, and the names of samples without a picture."""
+def scan(file: str, keys: tuple[str, ...]) -> tuple[dict, dict[str, tuple[int, str]]] | UserError:
+    """-> the columns of one shard's index, and what is to be noted: of how many members, and of which first."""
     try:
-        samples = read_headers(file, lines)
-    except UserError as error:  # as a value: what a worker process raises arrives with its traceback as text
-        return error
-    found = [s for s in samples if s.offset >= 0]
-    captions, names = Captions.of([s.captions for s in found]), Strings.of(s.name for s in found)
+        found, noted = with_pictures(read_members(file))
+        labels = [label_of(sample) for sample in found]
+        captions = Captions.of([captions_of(sample, keys, noted) for sample in found])
+    except (tarfile.TarError, OSError, ValueError) as error:
+        # returned, not raised: what a worker process raises arrives with its traceback as text
+        return UserError(f"{file}: not a readable tar shard: {error}")
+    names = Strings.of(sample.name for sample in found)
     columns = {
-        "offsets": np.array([s.offset for s in found], np.int64),
-        "sizes": np.array([s.size for s in found], np.int64),
-        "labels": np.array([s.label for s in found], np.int64),
+        "offsets": np.array([sample.offset for sample in found], np.int64),
+        "sizes": np.array([sample.size for sample in found], np.int64),
+        "labels": np.array(labels, np.int64),
         "rows": captions.ends,
         "names": names.flat,
         "names_ends": names.ends,
         "texts": captions.texts.flat,
         "texts_ends": captions.texts.ends,
     }
-    return columns, [f"{file}:{s.name}" for s in samples if s.offset < 0]
+    return columns, {what: (len(names), f"{file}:{names[0]}") for what, names in noted.items() if names}
 
 
 @dataclass
 class TarSample:
-    """Where one sample's picture lies in its shard, and its text."""
+    """Members that share a name but for the suffix."""
 
-    name: str
-    offset: int = -1
+    name: str  # of the picture, else of the first member
+    key: str  # of the name, what is before the first dot
+    offset: int = -1  # of the picture; -1: there is none
     size: int = 0
-    label: int = -1
-    captions: list[str] = field(default_factory=list)
+    texts: dict[str, tuple[str, bytes]] = field(
+        default_factory=dict
+    )  # suffix -> name and content of the member
+    spare: list[str] = field(default_factory=list)  # further pictures
+
+    def take(self, name: str, offset: int, size: int) -> None:
+        if self.offset >= 0:
+            self.spare.append(self.name)
+        self.name, self.offset, self.size = name, offset, size
 
 
-def read_headers(path: str, lines: bool) -> list[TarSample]:
+def read_members(path: str) -> dict[str, TarSample]:
     """One pass over the headers; text members are read, pictures only located. Nothing is extracted."""
     samples: dict[str, TarSample] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members.clear()  # else tarfile keeps an object of every header
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                sample = samples.setdefault(f"{folder}/{stem}", TarSample(member.name))
-                if suffix.lower() in IMAGE_SUFFIXES:
-                    sample.name, sample.offset, sample.size = member.name, member.offset_data, member.size
-                elif suffix in ("cls", "txt", "json"):
-                    add_text(sample, member.name, suffix, tar.extractfile(member).read(), lines)
-            tar.fileobj.seek(tar.offset)  # tarfile takes a cut or damaged header for the end
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("it is cut off or damaged, the mark of its end is missing")
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable tar shard: {error}") from None
-    return list(samples.values())
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            tar.members.clear()  # else tarfile keeps an object of every header
+            if not member.isfile():
+                continue
+            folder, _, base = member.name.rpartition("/")
+            stem, _, suffix = base.rpartition(".")
+            key, suffix = base.partition(".")[0], suffix.lower()
+            if suffix not in (*IMAGE_SUFFIXES, *TEXTS):
+                stem = key
+            sample = samples.setdefault(f"{folder}/{stem}", TarSample(member.name, f"{folder}/{key}"))
+            if suffix in IMAGE_SUFFIXES:
+                sample.take(member.name, member.offset_data, member.size)
+            elif suffix in TEXTS:
+                sample.texts[suffix] = (member.name, tar.extractfile(member).read())
+        tar.fileobj.seek(tar.offset)  # tarfile takes a cut or damaged header for the end
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it is cut off or damaged, the mark of its end is missing")
+    return samples
 
 
-def add_text(sample: TarSample, name: str, suffix: str, data: bytes, lines: bool) -> None:
-    """`.cls` label, `.txt` caption, `.json` a list under "captions"; each caption once, `.txt` first."""
-    try:
-        text = data.decode("utf-8")
-        if suffix == "cls":
-            sample.label = int(text)
-            return
-        found = json_captions(text) if suffix == "json" else text.splitlines() if lines else [text]
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    texts = [*found, *sample.captions] if suffix == "txt" else [*sample.captions, *found]
-    sample.captions = list(dict.fromkeys(t.strip() for t in texts if t.strip()))
+def with_pictures(samples: dict[str, TarSample]) -> tuple[list[TarSample], dict[str, list[str]]]:
+    """The samples that have a picture, and the names of the members that are left out, by why."""
+    for stem, sample in list(samples.items()):
+        whole = samples.get(sample.key)
+        if stem == sample.key or whole is None or sample.offset < 0:
+            continue
+        if sample.texts:
+            sample.texts = {k: text for k, text in whole.texts.items() if k == "cls"} | sample.texts
+        elif whole.texts:  # it is the picture of the whole, or one more of it
+            del samples[stem]
+            if whole.offset < 0:
+                whole.take(sample.name, sample.offset, sample.size)
+            else:
+                whole.spare.append(sample.name)
+    found = [sample for sample in samples.values() if sample.offset >= 0]
+    keys = {sample.key for sample in found}
+    rest = [sample for sample in samples.values() if sample.offset < 0]
+    known = ", ".join(IMAGE_SUFFIXES)
+    return found, {
+        f"samples have no picture (known: {known}) and are left out": [
+            s.name for s in rest if s.key not in keys
+        ],
+        "texts belong to no picture and are left out": [
+            s.name for s in rest if s.key in keys and s.texts.keys() - {"cls"}
+        ],
+        "pictures belong to a sample that has one and are left out": [
+            name for s in found for name in s.spare
+        ],
+    }
 
 
-def json_captions(text: str) -> list[str]:
-    content = json.loads(text)
-    captions = (content.get("captions") or []) if isinstance(content, dict) else None
-    if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
-        raise ValueError('expected {"captions": [TEXT, ...]}')
+def label_of(sample: TarSample) -> int:
+    """Of its `.cls`; -1 without one."""
+    name, data = sample.texts.get("cls", ("", b"-1"))
+    with member_errors(name):
+        return int(data.decode("utf-8"))
+
+
+def captions_of(sample: TarSample, keys: tuple[str, ...], noted: dict[str, list[str]]) -> list[str]:
+    """The lines of its `.txt`, then "captions" of its `.json`; without any, its "caption" or "text".
+
+    The last is a guess, so it is `noted`. keys: of the `.json`, in place of all these.
+    """
+    name, data = sample.texts.get("json", ("", b"{}"))
+    with member_errors(name):
+        content = json.loads(data.decode("utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError('expected named fields, as {"caption": TEXT}')
+        if keys:
+            return distinct([text for key in keys for text in texts_under(key, content)])
+        listed = texts_under("captions", content)
+    text_name, text = sample.texts.get("txt", ("", b""))
+    with member_errors(text_name):
+        captions = distinct([*caption_lines(text), *listed])
+    for key in CAPTION_KEYS:
+        if not captions and is_text(content.get(key)) and (captions := distinct(texts_under(key, content))):
+            what = f'pictures have the "{key}" of their .json as caption (`caption: KEY` takes another)'
+            noted.setdefault(what, []).append(name)
     return captions
+
+
+def texts_under(key: str, content: dict) -> list[str]:
+    value = content.get(key)
+    if value is None:
+        return []
+    if not is_text(value):
+        raise ValueError(f"{key}: expected a text or a list of texts, got {str(value)[:40]!r}")
+    return [value] if isinstance(value, str) else value
+
+
+def is_text(value: object) -> bool:
+    """A text or a list of texts."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+@contextmanager
+def member_errors(member: str) -> Iterator[None]:
+    """What is wrong with a member's content is a ValueError that names it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{member}: {error}") from None

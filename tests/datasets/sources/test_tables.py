@@ -38,9 +38,37 @@ def test_other_columns_a_tab_and_concepts(tmp_path):
     assert alone.captions(0) == [] and alone.classes == ["ant", "fox"]
 
 
-def test_rows_of_the_same_picture_are_one_sample(tmp_path):
-    source = Table(table(tmp_path, "filepath,title\npics/0.png,a\npics/0.png,b\npics/1.png,c\n"))
-    assert [source.captions(i) for i in range(2)] == [["a", "b"], ["c"]]
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "pics/0.png,a\npics/0.png,b\npics/1.png,c\n",
+        "pics/0.png,a\npics/1.png,c\npics/0.png,b\n",
+        "pics/0.png,a\n./pics/1.png,c\npics/../pics/0.png,b\npics/1.png,\n",
+        "$HERE/pics/0.png,a\npics/1.png,c\npics/0.png, a \npics/0.png,b\n",
+    ],
+)
+def test_rows_of_one_picture_are_one_sample_wherever_they_stand(tmp_path, monkeypatch, rows):
+    monkeypatch.setenv("HERE", str(tmp_path))
+    source = Table(table(tmp_path, f"filepath,title\n{rows}"))
+    assert [source.captions(i) for i in range(len(source))] == [["a", "b"], ["c"]]
+    assert [np.asarray(source.image(i)).max() for i in range(2)] == [0, 1]
+
+
+def test_a_picture_has_the_class_of_the_first_row_that_has_one_and_others_are_noted(tmp_path):
+    rows = "pics/0.png,a,\npics/1.png,b,ant\npics/0.png,c,fox\npics/1.png,d,fox\npics/1.png,e,ant\n"
+    source = Table(table(tmp_path, f"filepath,title,kind\n{rows}"), concept="kind")
+    assert source.classes == ["ant", "fox"] and source.labels.tolist() == [1, 0]
+    (note,) = source.notes
+    assert note.startswith("1 pictures have rows of several classes, first: pics/1.png ('ant' and 'fox')")
+
+
+def test_shuffled_rows_are_the_same_pictures_with_the_same_captions(tmp_path):
+    rows = [f"pics/{n}.png,{word} {n}" for n in range(4) for word in ("a", "one", "some")]
+    found = []
+    for order in (range(12), np.random.default_rng(0).permutation(12)):
+        source = Table(table(tmp_path, "\n".join(["filepath,title", *(rows[i] for i in order)])))
+        found.append({source.id_of(i): sorted(source.captions(i)) for i in range(len(source))})
+    assert found[0] == found[1] and len(found[0]) == 4
 
 
 @pytest.mark.parametrize(

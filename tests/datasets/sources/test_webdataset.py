@@ -1,6 +1,7 @@
 """Tar shards: read in place, completely or not at all, by one index that is built once."""
 
 import gzip
+import io
 import json
 import re
 import tarfile
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fomo.datasets.sources import webdataset
 from fomo.datasets.sources.clip_benchmark import ClipBenchmark
 from fomo.datasets.sources.webdataset import Webdataset
 from fomo.errors import UserError
+from fomo.schema import build
 from tests.datasets.inputs import PNG, encoded, gray, one_line, samples, shard
 
 
@@ -79,7 +82,6 @@ def test_the_txt_caption_is_first_and_each_caption_stands_once(tmp_path, order):
 @pytest.mark.parametrize(
     ("member", "content"),
     [
-        ("3.json", '{"captions": "letters one by one"}'),
         ("3.json", '{"captions": [1, 2]}'),
         ("3.json", '["a", "b"]'),
         ("3.json", "{"),
@@ -254,7 +256,7 @@ def test_a_list_of_paths_is_in_its_own_order(tmp_path):
 def test_the_index_is_built_once_and_again_when_a_shard_changes(tmp_path, cache, monkeypatch):
     path, scanned, scan = numbered(tmp_path, 2), [], webdataset.scan
     monkeypatch.setattr(
-        webdataset, "scan", lambda file, lines: scanned.append(Path(file).name) or scan(file, lines)
+        webdataset, "scan", lambda file, keys: scanned.append(Path(file).name) or scan(file, keys)
     )
     keys = {Webdataset(path).key() for _ in range(3)}
     assert scanned == ["0000.tar", "0001.tar"] and len(keys) == 1
@@ -278,12 +280,126 @@ def test_a_missing_and_a_cut_shard_are_named(tmp_path):
     assert "0007.tar: no such tar file (1 of 12 shards are missing)" in one_line(Webdataset, path)
 
 
+def read(tmp_path: Path, members: dict, **fields) -> tuple[dict[str, list[str]], list[int], tuple[str, ...]]:
+    """-> the captions by the pictures' names, the labels, the notes."""
+    source = Webdataset(shard(tmp_path / "a.tar", members), **fields)
+    for index in range(len(source)):  # each picture is what stands under its name
+        file = members[source.id_of(index)]
+        assert source.image(index).tobytes() == Image.open(io.BytesIO(file)).tobytes()
+    captions = {source.id_of(i): source.captions(i) for i in range(len(source))}
+    return captions, source.labels.tolist(), source.notes
+
+
+def views(*stems: str, **texts: str) -> dict[str, bytes | str]:
+    """A picture for each stem, with the text `of STEM` in a member of each suffix."""
+    members = {}
+    for level, stem in enumerate(stems):
+        members[f"{stem}.png"] = encoded(gray(level))
+        members |= {f"{stem}.{suffix}": text.format(stem) for suffix, text in texts.items()}
+    return members
+
+
+@pytest.mark.parametrize(
+    "stems",
+    [
+        ("shirt", "shirt.back", "shirt.side", "hat"),
+        ("shirt.back", "shirt.v2", "shirt"),
+        ("set.v1/000", "set.v1/shirt-4.v2", "set.v2/shirt-4.v2"),
+        ("22.05", "22.06", "v1.0.jpg"),
+        (".hidden", ".hidden.v2"),
+    ],
+)
+def test_dots_in_names_lose_no_picture_and_no_text(tmp_path, stems):
+    captions, labels, notes = read(tmp_path, views(*stems, txt="of {}", cls="0"))
+    assert captions == {f"{stem}.png": [f"of {stem}"] for stem in stems}
+    assert labels == [0] * len(stems) and not any("left out" in note for note in notes)
+    assert list(read(tmp_path, views(*stems))[0]) == [f"{stem}.png" for stem in stems]  # without any text
+
+
+def test_what_stands_for_the_whole_name_holds_for_its_pictures(tmp_path):
+    members = views("0.left", "1.a", "1.b", txt="of {}") | {"1.cls": "3"} | views("2.view")
+    del members["0.left.txt"]
+    members |= {"0.txt": "zero", "0.cls": "1", "2.json": "{}"}
+    captions, labels, notes = read(tmp_path, members)
+    assert captions == {
+        "0.left.png": ["zero"],
+        "1.a.png": ["of 1.a"],
+        "1.b.png": ["of 1.b"],
+        "2.view.png": [],
+    }
+    assert dict(zip(captions, labels, strict=True)) == {
+        "0.left.png": 1,
+        "1.a.png": 3,
+        "1.b.png": 3,
+        "2.view.png": -1,
+    }
+    assert not any("left out" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("extra", "note"),
+    [
+        (
+            {"0.mask.png": PNG},
+            "1 pictures belong to a sample that has one and are left out, first: {}:0.mask.png",
+        ),
+        (
+            {"0.JPG": PNG, "1.jpg": PNG},
+            "2 pictures belong to a sample that has one and are left out, first: {}:0.png",
+        ),
+        ({"0.meta.json": "[]"}, "1 texts belong to no picture and are left out, first: {}:0.meta.json"),
+        ({"0.npy": b"?", "__index__.npz": b"?"}, "1 samples have no picture"),
+    ],
+)
+def test_what_is_left_out_is_counted_and_the_first_is_named(tmp_path, extra, note):
+    captions, _, (found,) = read(tmp_path, views("0", "1", txt="of {}") | extra)
+    assert list(captions.values()) == [["of 0"], ["of 1"]]
+    assert found.startswith(note.format(tmp_path / "a.tar"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "content", "captions"),
+    [
+        ({}, {"caption": "a", "long_caption": "b", "status": "success"}, ["a"]),
+        ({}, {"text": "a", "width": 8}, ["a"]),
+        ({}, {"captions": ["a", "b"], "caption": "c"}, ["a", "b"]),
+        ({}, {"captions": None, "text": ["a", " a ", ""]}, ["a"]),
+        ({}, {"captions": [], "caption": 5, "text": "a"}, ["a"]),
+        ({}, {"captions": "letters one by one"}, ["letters one by one"]),
+        ({}, {"width": 8}, []),
+        ({"caption": "long_caption"}, {"caption": "a", "long_caption": "b"}, ["b"]),
+        ({"caption": ["short", "long"]}, {"caption": "a", "long": ["b", "c"], "short": "d"}, ["d", "b", "c"]),
+        ({"caption": "long_caption"}, {"caption": "a", "captions": ["b"]}, []),
+    ],
+)
+def test_captions_are_found_by_a_key_of_the_json(tmp_path, fields, content, captions):
+    path = shard(tmp_path / "a.tar", {"0.jpg": PNG, "0.json": json.dumps(content)})
+    source = build(Webdataset, {"path": path, **fields})
+    assert source.captions(0) == captions
+    guessed = not fields and not content.get("captions") and captions
+    assert [note.partition(" of their .json")[0] for note in source.notes] == (
+        [f'1 pictures have the "{"caption" if isinstance(content.get("caption"), str) else "text"}"']
+        * bool(guessed)
+    )
+
+
+def test_a_key_that_is_asked_for_stands_above_the_txt(tmp_path):
+    members = {"0.jpg": PNG, "0.txt": "alt text", "0.json": json.dumps({"caption": "old", "new": "a cat"})}
+    path = shard(tmp_path / "a.tar", members)
+    assert Webdataset(path).captions(0) == ["alt text"]
+    assert Webdataset(path, caption="new").captions(0) == ["a cat"]
+    message = one_line(
+        Webdataset, shard(tmp_path / "a.tar", {"0.jpg": PNG, "0.json": '{"new": 5}'}), caption="new"
+    )
+    assert "a.tar" in message and "0.json: new: " in message
+
+
 def test_samples_without_a_known_picture_are_counted_and_the_first_is_named(tmp_path):
     members = {"0.png": PNG, "0.txt": "a", "1.heic": b"?", "1.txt": "b", "2.svg": b"?"}
     shard(tmp_path / "a.tar", members)
     source = Webdataset(str(tmp_path / "a.tar"))
     assert len(source) == 1
-    assert "2 samples have no picture, first: " in source.notes[0] and "a.tar:1.heic" in source.notes[0]
+    assert source.notes[0].startswith("2 samples have no picture") and "a.tar:1.heic" in source.notes[0]
 
 
 def test_splits_without_a_classes_file_share_their_names(tmp_path):
