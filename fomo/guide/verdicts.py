@@ -31,6 +31,7 @@ from fomo.guide.inequalities import (
     judge,
 )
 from fomo.guide.studies import Claim, Study
+from fomo.guide.tuning import choose_peak
 from fomo.report.columns import deviation, number
 from fomo.report.figures import Curve, plane_figure
 from fomo.report.page import Card, html_page, picture
@@ -174,15 +175,18 @@ class Outcome:
         for name, peaks in self.study.peaks.items():
             variants = {float(peak): f"{name}@{float(peak):g}" for peak in peaks}
             trials = {peak: self.of_runs(variant, "gm") for peak, variant in variants.items()}
-            complete = max(map(len, trials.values()))
-            trials = {peak: gm for peak, gm in trials.items() if len(gm) == complete > 0}
-            if not trials:
+            seeds = max(map(len, trials.values()))
+            trials = {peak: gm for peak, gm in trials.items() if len(gm) == seeds}
+            if seeds < 2 or len(trials) < 2:  # without noise there is no choice
                 continue
-            start = self.of_runs(variants[min(trials)], "gm", 0).mean()
-            best = best_peak(trials, start)
-            edge = " (at the end of the ladder)" if best in (min(trials), max(trials)) else ""
+            untouched = self.of_runs(variants[min(trials)], "gm", 0)
+            choice = choose_peak(trials, untouched)
+            notes = (
+                " (at the end of the ladder)" * choice.at_end
+                + " (below the untouched model)" * choice.harmful
+            )
             scores = ", ".join(f"{peak:g}: {number(gm)}" for peak, gm in trials.items())
-            rows.append([name, f"{best:g}{edge}", f"{start:.1f}", scores])
+            rows.append([name, f"{choice.peak:g}{notes}", f"{untouched.mean():.1f}", scores])
         return [["method", "best peak", "GM untouched", "GM by peak"], *rows] if rows else []
 
     def planes(self) -> list[str]:
@@ -193,18 +197,6 @@ class Outcome:
         groups = [[*others[i : i + step], *always] for i in range(0, max(len(others), 1), step)]
         salts = (f"{self.study.name}{i}" for i in range(len(groups)))
         return [picture(plane_figure, g, salt) for g, salt in zip(groups, salts, strict=True) if g]
-
-
-def best_peak(trials: Mapping[float, np.ndarray], start: float) -> float:
-    """The peak whose runs end at the highest GM, (S,) by peak; written down before any trial:
-
-    those that end below the untouched model's GM, `start`, are left out where others do not, and of those within
-    one standard error of the best, paired over seeds, it is the smallest (Breiman et al. 1984).
-    """
-    sound = {peak: gm for peak, gm in trials.items() if gm.mean() >= start} or trials
-    best = max(sound.values(), key=np.mean)
-    behind = {peak: best - gm for peak, gm in sound.items()}
-    return min(peak for peak, loss in behind.items() if loss.mean() <= deviation(loss) / len(loss) ** 0.5)
 
 
 def shown(of_runs: np.ndarray) -> str:

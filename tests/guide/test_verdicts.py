@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from fomo.guide.studies import read_study
-from fomo.guide.verdicts import Outcome, best_peak, claims_rows, markdown, rank, tally
+from fomo.guide.verdicts import Outcome, claims_rows, markdown, rank, tally
 from tests.guide.study_files import claim, study_file
 
 
@@ -76,19 +75,6 @@ def test_a_grid_shows_gm_at_each_place(tmp_path):
     rows = outcome_of(tmp_path, grid=grid).grid_rows()
     assert rows[0] == ["GM", "ema", "all"]
     assert rows[1] == ["zeroshot", "10.5 ± 0.7", "11.5 ± 0.7"] and rows[2][1] == "12.5 ± 0.7"
-
-
-@pytest.mark.parametrize(
-    "trials, best",
-    [
-        ({1: [50, 52, 54], 2: [53, 55, 57.0], 4: [51, 53, 55]}, 2),
-        ({1: [52, 56, 54], 2: [53, 55, 57.0], 4: [51, 53, 55]}, 1),  # behind by 1, -1, 3: 1 of error 1.15
-        ({1: [39, 41, 40.0], 2: [30, 30, 30.0]}, 1),  # the best of those that only damage
-        ({1: [39.9, 39.8, 40.0], 2: [60, 30, 31.0]}, 2),  # a peak that ends below the start loses
-    ],
-)
-def test_the_best_peak_is_the_smallest_within_the_noise_of_the_best(trials, best):
-    assert best_peak({peak: np.array(gm) for peak, gm in trials.items()}, start=40) == best
 
 
 def test_the_table_of_peaks_names_an_end_of_the_ladder(tmp_path):
