@@ -146,6 +146,8 @@ def make(folder: Path, fill: Callable[[Path], None]) -> None:
             with staged_folder(folder) as staging:
                 fill(staging)
     except OSError as error:
+        if cache_root() not in folder.parents:
+            raise
         problem = f"the cache cannot be written: {error.strerror or error}"
         raise UserError(f"{cache_root()}: {problem}; set FOMO_CACHE to a folder with room") from None
 

@@ -68,7 +68,7 @@ def test_a_turn_counts_the_steps_after_the_warm_ones(case, tmp_path, monkeypatch
     """With a clock that only moves by one second per batch asked for."""
     for name in bench.SIDES:
         now = [0.0]
-        monkeypatch.setattr("fomo.train.time.monotonic", lambda now=now: now[0])
+        monkeypatch.setattr("fomo.runs.step_log.time.monotonic", lambda now=now: now[0])
         fetch = torch.utils.data.dataloader._SingleProcessDataLoaderIter._next_data
 
         def slow(self, now=now, fetch=fetch):
