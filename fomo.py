@@ -253,10 +253,10 @@ def budget(methods, updates, memory_table, fisher, measured, as_json, **options)
     "--steps", type=click.IntRange(min=1), metavar="N", help="Per update; by default what the budget allows."
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Every step as a line update,step,lr.")
-@click.option("--plot", metavar="FILE", help="Draw the whole life (.png, .svg).")
+@click.option("--plot", metavar="FILE", help="Draw all updates (.png, .svg).")
 @shared_options("scale", "set", "seed")
 def schedule(paths, steps, as_csv, plot, **options):
-    """Show the learning rate over a life: per update, as CSV, or drawn. Needs no data."""
+    """Show the learning rate over all updates: as a table, as CSV, or drawn. Needs no data."""
     from fomo.report.previews import preview_schedule, rate_curves
 
     print(preview_schedule(rate_curves(paths, steps, options), as_csv=as_csv, picture=plot))

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Where a run computes: the device, its memory, and what its last bits depend on."""
 
 import ctypes
 import resource

@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from fomo.errors import FieldError, UserError
+from fomo.methods import accepted_fields, build_method, innermost
 from fomo.recipe import BUDGETS, Optimizer, Recipe
 from fomo.schema import NOT_YAML, Count, NotNegative, Positive, build, convert, locate, one_of, read_yaml
 
@@ -203,8 +204,6 @@ def is_named(section: str, values: dict) -> bool:
 
 def with_defaults(values: dict, defaults: dict) -> dict:
     """Fill in the `defaults` of a scale where the recipe leaves them open."""
-    from fomo.methods import accepted_fields, build_method, innermost  # methods import this module
-
     method = values.get("method", {"name": "finetune"})
     build_method(method)  # its own checks
     left_open = [key for key in defaults if key in accepted_fields(method) and key not in method]

@@ -37,11 +37,6 @@ def nearest(found: Any, accepted: typing.Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise FieldError(name, f"must be at least {least}, got {value}")
-
-
 @dataclasses.dataclass(frozen=True)
 class Range:
     """What numbers a field accepts: Annotated[float, Range(0, 1)]."""

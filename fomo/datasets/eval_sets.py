@@ -1,4 +1,4 @@
-"""TODO."""
+"""What is scored: the test splits of a data file, and the subsets of them that a run scores on its way."""
 
 from dataclasses import dataclass, field
 
