@@ -158,10 +158,14 @@ def diff(run, a, b):
 @shared_options("model", "data", "scale", "set", "seed", "device")
 def eval(as_json, device, **options):
     """Score a model on every test set of a data file."""
+    from fomo.devices import pick_device
+    from fomo.eval.zero_shot import evaluate_data
     from fomo.load_recipe import load
-    from fomo.update import score_model
+    from fomo.pretrain import starting_model
 
-    scores = score_model(load(None, **options), device)
+    recipe = load(None, **options)
+    place = pick_device(device, recipe.threads)
+    scores = evaluate_data(starting_model(recipe.model, place), recipe.data, place)
     print(scores.as_json() if as_json else scores.as_text())
 
 

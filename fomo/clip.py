@@ -6,7 +6,6 @@ Shapes: B pairs in a batch, L tokens of text, S image side, D embedding width.
 import difflib
 import json
 import os
-import pickle
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,24 +16,12 @@ import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from open_clip.transformer import text_global_pool
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fomo.architectures import NOT_TENSORS, architecture_of
 from fomo.atomic import write_tensors
 from fomo.errors import UserError, one_line
 
-# What reading a file that is no checkpoint, or a failed download, may raise.
-NOT_TENSORS = (
-    RuntimeError,
-    ValueError,
-    OSError,
-    EOFError,
-    KeyError,
-    AttributeError,
-    StopIteration,
-    SafetensorError,
-)
-NOT_TENSORS += (pickle.UnpicklingError,)
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 
 
@@ -212,39 +199,6 @@ def check_name(name: str, pretrained: str | None) -> None:
     if not pretrained or not (pretrained in tags or Path(pretrained).is_file()):
         got = f"unknown weights {pretrained!r}" if pretrained else "say which weights"
         raise UserError(f"model {name}: {got}, accepted: {name}/TAG with TAG one of {', '.join(tags)}")
-
-
-def architecture_of(checkpoint: str) -> str:
-    """The open_clip architecture whose tensors have the names and shapes of a checkpoint's."""
-    try:
-        shapes = {n: tuple(t.shape) for n, t in open_clip.factory.load_state_dict(checkpoint).items()}
-    except NOT_TENSORS as error:
-        raise UserError(f"model {checkpoint}: not a file of tensors: {one_line(error)}") from None
-    for name in open_clip.list_models():
-        if plausible(open_clip.get_model_config(name), shapes):
-            config = open_clip.get_model_config(name)
-            kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-            with torch.device("meta"):
-                model = kind(**config)
-            if {n: tuple(t.shape) for n, t in model.state_dict().items()} == shapes:
-                return name
-    raise UserError(
-        f"model {checkpoint}: fits no architecture of open_clip; name it with --set model.name=NAME"
-    )
-
-
-def plausible(config: dict, shapes: dict) -> bool:
-    """A cheap test before an architecture is built: plain ViT or ResNet towers, same text width and depth."""
-    text, vision = config["text_cfg"], config["vision_cfg"]
-    positional = shapes.get("positional_embedding", shapes.get("text.positional_embedding", (0, 0)))
-    if "timm_model_name" in vision or "hf_model_name" in text or "multimodal_cfg" in config:
-        return False
-    depth = sum(n.endswith("ln_1.weight") and not n.startswith("visual.") for n in shapes)
-    conv = shapes.get("visual.conv1.weight", (0,))
-    same_vision = isinstance(vision["layers"], list) or (
-        conv[0] == vision["width"] and conv[-1] == vision["patch_size"]
-    )
-    return same_vision and positional[-1] == text["width"] and depth == text["layers"]
 
 
 def save(clip: Clip, directory: Path) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fomo import weights
+from fomo.architectures import NOT_TENSORS
 from fomo.atomic import OnDisk, staged, write_atomically, write_tensors
-from fomo.clip import CONFIG_FILE, NOT_TENSORS, Clip, load, save
+from fomo.clip import CONFIG_FILE, Clip, load, save
 from fomo.datasets import datafile
 from fomo.datasets.eval_sets import open_tests
 from fomo.devices import pick_device
@@ -105,13 +106,13 @@ def sweep(
     clip.model.to(place)
     data = datafile.read(data_path)
     tests = open_tests(data, clip, data.image_size or clip.image_size)
+    whole = {test.name: test.usable for test in tests}
     opened = [open_weights(model) for model in models]
     origin = open_weights(base) if base else None
     rows = []
     for text, rule in zip(tqdm(texts, desc=f"sweeping {key}", leave=False), rules, strict=True):
         clip.model.load_state_dict(dict(weights.merge(rule, opened, origin)))
-        scores = evaluate(clip, tests, {test.name: test.usable for test in tests}, place)[0]
-        rows.append({key: yaml.safe_load(text), **scores.means})
+        rows.append({key: yaml.safe_load(text), **evaluate(clip, tests, whole, place)[0].means})
     write_atomically(out, render(sweep_figure, rows, out.suffix[1:]))
     known = [score for score in ("ka", "zs", "gm") if rows[0][score] is not None]
     cells = [[str(row[key]), *(f"{row[score]:.4g}" for score in known)] for row in rows]

@@ -119,7 +119,8 @@ class Optimizer:
 class Temperature:
     init: Positive | None = None  # tau = 1 / exp(logit_scale); the checkpoint's
     learn: bool | None = None  # by method: adapters and locked towers leave it alone
-    max: Positive | None = 100.0  # bound of exp(logit_scale), as open_clip; null: none, as the released code
+    # bound of exp(logit_scale) where it is trained, or its start if that is higher; null: none, as released
+    max: Positive | None = 100.0
 
 
 @dataclass(frozen=True)

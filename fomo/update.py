@@ -13,7 +13,6 @@ from tqdm import tqdm
 from fomo.budget.run_budget import TIMED_STEPS, RunBudget
 from fomo.clip import Clip, load
 from fomo.datasets import datafile
-from fomo.datasets.eval_sets import open_tests
 from fomo.datasets.mixture import Batches
 from fomo.datasets.pools import Pools, open_pools
 from fomo.datasets.samples import Batch
@@ -22,7 +21,6 @@ from fomo.devices import machine, peak_memory, pick_device
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import FieldError, Interrupted
 from fomo.eval.scorer import Scorer
-from fomo.eval.zero_shot import Scores, evaluate
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Weights
 from fomo.pretrain import starting_model
@@ -342,15 +340,3 @@ def pools_of_all_ranks(recipe: Recipe, clip: Clip, run: Run) -> Pools:
     pools = open_pools(recipe, clip, run.stream()) if run.ranks.first else None
     record = run.ranks.broadcast_object(lambda: pools.record())
     return pools or open_pools(recipe, clip, record)
-
-
-def score_model(recipe: Recipe, device: str) -> Scores:
-    """The scores of the recipe's model on the whole test sets of the recipe's data."""
-    place = pick_device(device, recipe.threads)
-    clip = starting_model(recipe.model, place)
-    clip.model.to(place)
-    data = datafile.read(recipe.data)
-    tests = open_tests(data, clip, data.image_size or clip.image_size)
-    pictures = sum(len(test.usable) for test in tests)
-    with tqdm(total=pictures, desc="evaluating", unit="img", leave=False) as bar:
-        return evaluate(clip, tests, {t.name: t.usable for t in tests}, place, tick=bar.update)[0]

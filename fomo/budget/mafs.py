@@ -21,9 +21,10 @@ import open_clip
 import torch
 from tqdm import tqdm
 
+from fomo.architectures import NOT_TENSORS, architecture_of
 from fomo.atomic import cache_root, make
 from fomo.budget.flops_memory import VERSION, Counted, Training, count, measure
-from fomo.clip import CONFIG_FILE, NOT_TENSORS, architecture_of, tag_config
+from fomo.clip import CONFIG_FILE, tag_config
 from fomo.datasets.mixture import sub_batches
 from fomo.errors import FieldError, UserError, one_line
 from fomo.load_recipe import ROOT, load

@@ -15,14 +15,17 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from fomo.clip import Clip
-from fomo.datasets.eval_sets import TestSet
+from fomo.datasets import datafile
+from fomo.datasets.eval_sets import TestSet, open_tests
 from fomo.datasets.features import image_features, text_features
 from fomo.datasets.samples import Collection
 from fomo.distributed import ALONE, Ranks
@@ -209,6 +212,16 @@ def evaluate(
         on_full[test.name], on_subset[test.name] = scores[0], scores[-1]
     different = any(len(subsets[test.name]) < len(test.usable) for test in tests)
     return summarise(tests, on_subset), summarise(tests, on_full) if full and different else None
+
+
+def evaluate_data(clip: Clip, path: str | Path, device: torch.device) -> Scores:
+    """The scores of a model, which is moved to `device`, on the whole test sets of a data file."""
+    clip.model.to(device)
+    data = datafile.read(path)
+    tests = open_tests(data, clip, data.image_size or clip.image_size)
+    pictures = sum(len(test.usable) for test in tests)
+    with tqdm(total=pictures, desc="evaluating", unit="img", leave=False) as bar:
+        return evaluate(clip, tests, {t.name: t.usable for t in tests}, device, tick=bar.update)[0]
 
 
 def summarise(tests: list[TestSet], scores: dict[str, Score]) -> Scores:

@@ -23,8 +23,9 @@ from typing import IO
 import torch
 import yaml
 
+from fomo.architectures import NOT_TENSORS
 from fomo.atomic import OnDisk, recovered, rename, staged, staged_folder, write_atomically, write_tensors
-from fomo.clip import NOT_TENSORS, Clip, save
+from fomo.clip import Clip, save
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import Interrupted, UserError, one_line
 from fomo.recipe import Recipe, dump
