@@ -33,7 +33,8 @@ def merge(rule: "Rule", models: Sequence[Weights], base: Weights | None = None) 
     """Yield (name, merged tensor), sorted by name; checks and passes over whole models come before the first.
 
     Arithmetic is float32, on the device of the newest model; results have its dtypes. Integer buffers are
-    copied from it. No result shares memory with an input. An input tensor is fetched once per pass.
+    copied from it; running statistics are interpolated, whatever the rule (`merged_statistic`). No result shares
+    memory with an input. An input tensor is fetched once per pass.
     """
     if not models or (rule.pairwise and len(models) != 2):
         expected = "two models, old and new" if rule.pairwise else "at least one model"
@@ -50,11 +51,33 @@ def merged_tensors(rule: "Rule", stack: "Stack", plan: Any) -> Named:
         if not kind.dtype.is_floating_point:
             yield name, stack.models[-1][name].clone()
             continue
+        if is_statistic(name):
+            yield name, merged_statistic(rule, stack, name, layer_scale.get(name, 1.0)).to(kind.dtype)
+            continue
         base = None if stack.base is None else stack.read(stack.base, name)
         merged = rule.tensor(name, (stack.read(model, name) for model in stack.models), base, plan)
         if rule.lines:
             merged = torch.lerp(base, merged, layer_scale[name])  # exactly `merged` where the scale is 1
         yield name, merged.to(kind.dtype)
+
+
+def is_statistic(name: str) -> bool:
+    """Whether a buffer of this name is measured while training, as by a batch norm, and not learned."""
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+def merged_statistic(rule: "Rule", stack: "Stack", name: str, layer_scale: float) -> Tensor:
+    """θ_0 + s (Σ w_i θ_i − θ_0),  0 <= s <= 1: as far as the rule takes weights that all moved alike, no further.
+
+    Beyond what the models measured a variance turns negative, and with DARE it takes one entry; what a rule trims,
+    elects or rescales are weights. w_i are the weights of an interpolation, equal if the rule has none.
+    """
+    count = len(stack.models)
+    mean = weighted_sum(rule.averaging(count), (stack.read(model, name) for model in stack.models))
+    if stack.base is None:
+        return mean
+    share = min(max(layer_scale * rule.reach(count), 0.0), 1.0)
+    return torch.lerp(stack.read(stack.base, name), mean, share)
 
 
 class Kind(NamedTuple):
@@ -86,7 +109,9 @@ class Stack:
 
     @property
     def floats(self) -> list[str]:
-        return [name for name, kind in self.kinds.items() if kind.dtype.is_floating_point]
+        """The names that a rule works on."""
+        floating = (name for name, kind in self.kinds.items() if kind.dtype.is_floating_point)
+        return [name for name in floating if not is_statistic(name)]
 
     def read(self, weights: Weights, name: str) -> Tensor:
         """In float32; only float64 stays what it is."""
@@ -165,6 +190,14 @@ class Rule:
         stretch = max(abs(self.lines.alpha), abs(self.lines.alpha + self.lines.beta)) if self.lines else 1.0
         return self.feedback * abs(self.scale) * stretch
 
+    def averaging(self, count: int) -> list[float]:
+        """Weights of the models, sum 1, where they are interpolated by any rule: running statistics."""
+        return shares(None, count)
+
+    def reach(self, count: int) -> float:
+        """s in θ_0 + s τ, the merge of `count` models whose task vectors are all τ."""
+        return self.scale
+
     def plan(self, stack: Stack) -> Any:
         """What must be known of all models before the first tensor can be merged."""
 
@@ -200,11 +233,13 @@ class Interpolate(Rule):
     relative: ClassVar[bool] = False
 
     def plan(self, stack):
-        n = len(stack.models)
+        return self.averaging(len(stack.models))
+
+    def averaging(self, count):
         if self.weights or self.keep is None:
-            return shares(self.weights, n)
-        if n != 2:
-            raise FieldError("keep", f"is the share of old of two models, got {n} models: give weights")
+            return shares(self.weights, count)
+        if count != 2:
+            raise FieldError("keep", f"is the share of old of two models, got {count} models: give weights")
         return [self.keep, 1 - self.keep]
 
     def fold(self, raw):
@@ -226,6 +261,9 @@ class Slerp(Rule):
     keep: Share = 0.5
     pairwise: ClassVar[bool] = True
     relative: ClassVar[bool] = False
+
+    def averaging(self, count):
+        return [self.keep, 1 - self.keep]
 
     def tensor(self, name, thetas, base, plan):
         (old, new), w = thetas, [self.keep, 1 - self.keep]
@@ -250,7 +288,13 @@ class TaskArithmetic(Rule):
 
     def plan(self, stack):
         n = len(stack.models)
-        return [n * w for w in shares(self.weights, n)]
+        return [n * w for w in self.averaging(n)]
+
+    def averaging(self, count):
+        return shares(self.weights, count)
+
+    def reach(self, count):
+        return count * self.scale
 
     def fold(self, raw):
         return TaskArithmetic(scale=1.0) if len(set(raw)) == 1 else None  # other weights change with n
@@ -309,6 +353,9 @@ class Dare(Rule):
         """With fresh masks √E[(m_1 + m_2)²] / density, under ties √P(m_1 or m_2) / density."""
         square = 2 + 2 * self.density if self.then == "task_arithmetic" else 2 - self.density
         return math.sqrt(square / self.density)
+
+    def reach(self, count):
+        return self.scale if self.then == "ties" else count * self.scale
 
     def each(self, tau, name, i, plan):
         generator = torch.Generator().manual_seed(crc32(f"{self.seed} {i} {name}".encode()))

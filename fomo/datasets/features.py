@@ -11,6 +11,7 @@ from fomo.clip import Clip, encode_text
 from fomo.datasets.crops import crop, per_channel
 from fomo.datasets.samples import Samples, canvas_of, padded
 from fomo.distributed import ALONE, Ranks
+from fomo.errors import Failure
 
 IMAGES, TEXTS = 256, 64  # per forward pass; more texts at once would only be padded more
 
@@ -35,7 +36,7 @@ def image_features(
         block = numbers[start : start + IMAGES * ranks.world_size]
         out.append(encode_block(block, encode, ranks))
         tick(len(block))
-    return torch.cat(out)
+    return checked(torch.cat(out), clip, "image")
 
 
 def encode_block(block: Sequence, encode: Callable[[Sequence], Tensor], ranks: Ranks) -> Tensor:
@@ -81,4 +82,21 @@ def text_features(clip: Clip, rows: list[np.ndarray], device: torch.device, rank
         if out is None:
             out = torch.empty(len(rows), features.shape[1], device=device)
         out[torch.tensor(block, device=device)] = features
-    return out
+    return checked(out, clip, "text")
+
+
+def checked(features: Tensor, clip: Clip, kind: str) -> Tensor:
+    """The features, if all are finite: NaN is near to nothing, but what is counted would pass for a score."""
+    if not features.isfinite().all():
+        raise Failure(f"the model's {kind} features are not finite: {culprit(clip)}")
+    return features
+
+
+def culprit(clip: Clip) -> str:
+    """Why features are not finite."""
+    for name, tensor in clip.model.state_dict().items():
+        if not tensor.isfinite().all():
+            return f"its tensor {name} is not"
+        if name.endswith("running_var") and (tensor < 0).any():
+            return f"its tensor {name} has negative variances"
+    return "all its tensors are, so they overflow in the forward pass"
