@@ -83,6 +83,7 @@ def train_base(model: Model, device: torch.device) -> Clip:
         precision=Precision("auto", device),
         clip_norm=1.0,
         max_scale=100.0,
+        draws=(settings.seed,),
     )
     with tqdm(total=steps, desc="pretraining the base model, once", unit="step") as bar:
         for step in done:

@@ -155,6 +155,7 @@ class Trainer:
             clip_norm=recipe.optimizer.clip_norm,
             max_scale=self.max_scale,
             start=start,
+            draws=(recipe.seed, update),
             accumulate=recipe.optimizer.accumulate,
             compile=recipe.compile,
             ranks=self.ranks,
