@@ -29,10 +29,10 @@ from fomo.budget.dry_run import matrix_rate  # noqa: E402
 from fomo.clip import Clip, contrastive_loss, encode, new  # noqa: E402
 from fomo.datasets.mixture import Batches, pool_of  # noqa: E402
 from fomo.datasets.samples import Collection, Samples  # noqa: E402
-from fomo.devices import pick_device  # noqa: E402
+from fomo.devices import Precision, pick_device  # noqa: E402
 from fomo.methods import Method  # noqa: E402
 from fomo.runs.step_log import Timed  # noqa: E402
-from fomo.train import Precision, on_device, train  # noqa: E402
+from fomo.train import on_device, train  # noqa: E402
 
 
 class Sides:

@@ -45,14 +45,18 @@ from fomo.datasets.samples import Collection, Samples  # noqa: E402
 from fomo.datasets.sources.base import Source, rgb  # noqa: E402
 from fomo.datasets.sources.tables import Table  # noqa: E402
 from fomo.datasets.sources.world import World  # noqa: E402
-from fomo.devices import peak_memory, pick_device  # noqa: E402
+from fomo.devices import (  # noqa: E402
+    Precision,
+    peak_memory,
+    pick_device,
+)
 from fomo.distributed import ALONE, Ranks  # noqa: E402
 from fomo.errors import Failure, UserError  # noqa: E402
 from fomo.load_recipe import load  # noqa: E402
 from fomo.methods import Method  # noqa: E402
 from fomo.recipe import Optimizer  # noqa: E402
 from fomo.runs.step_log import Timed  # noqa: E402
-from fomo.train import Precision, train  # noqa: E402
+from fomo.train import train  # noqa: E402
 
 MODELS = ("tiny", "ViT-B-32")
 WARM = 1  # steps of a turn before the clock starts

@@ -52,3 +52,26 @@ def machine(ranks: Ranks) -> dict:
     """What the last bits of a CPU run depend on."""
     alone = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
     return {**alone, "ranks": ranks.world_size} if ranks.several else alone
+
+
+class Precision:
+    """Mixed precision: what the forward pass computes in. The weights are float32 always.
+
+    auto: on CUDA bf16, or fp16 with loss scaling where bf16 is missing; float32 elsewhere. What mixed precision
+    leaves in float32 may use CUDA's TF32; with float32 nothing does.
+    """
+
+    def __init__(self, name: str, device: torch.device):
+        if name == "auto":
+            name = "float32"
+            if device.type == "cuda":
+                name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        self.device = device
+        self.dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("highest" if name == "float32" else "high")
+            torch.backends.cudnn.allow_tf32 = name != "float32"
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)

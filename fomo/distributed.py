@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fomo.errors import Failure, UserError, one_line
+from fomo.errors import Failure, FieldError, UserError, one_line
 
 PATIENCE = timedelta(days=7)  # the others wait while the first pretrains, fills a cache or estimates a Fisher
 LARGE = 2**18  # elements from which on a tensor is summed where it is, not in a message with others
@@ -51,6 +51,15 @@ class Ranks:
     @property
     def several(self) -> bool:
         return self.world_size > 1
+
+    def check_batch(self, size: int, parts: int) -> None:
+        """Every rank must have as many rows of a batch, and parts of them."""
+        if size % self.world_size:
+            found = f"{size} pairs for {self.world_size} ranks"
+            raise FieldError("optimizer.batch_size", f"{found}, accepted: a multiple of {self.world_size}")
+        if parts * self.world_size > size:
+            found = f"{parts} parts of the {size // self.world_size} pairs of a rank"
+            raise FieldError("optimizer.accumulate", f"{found}, accepted: at most a part per pair")
 
     def all_reduce_max(self, value: int) -> int:
         """Of all ranks; no device is waited for."""

@@ -12,12 +12,12 @@ from fomo.clip import Clip, load, new, save
 from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches, pool_of
 from fomo.datasets.samples import Collection, Samples
-from fomo.devices import pick_device
+from fomo.devices import Precision, pick_device
 from fomo.errors import UserError
 from fomo.methods import Method
 from fomo.recipe import Model, Optimizer, Pretraining, Recipe
 from fomo.schedules import Schedule, learning_rate
-from fomo.train import Precision, train
+from fomo.train import train
 
 VERSION = 1  # of this procedure: raised when the same settings would give another model
 

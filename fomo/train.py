@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fomo.clip import Clip, Features, contrastive_loss, encode, text_tower, trimmable
 from fomo.datasets.crops import crop
 from fomo.datasets.samples import Batch
+from fomo.devices import Precision
 from fomo.distributed import ALONE, Ranks
 from fomo.methods import Method
 from fomo.methods.base import Inputs
@@ -74,29 +75,6 @@ def compiled() -> Encoder:
         return fast(model, images, tokens)
 
     return encoder
-
-
-class Precision:
-    """Mixed precision: what the forward pass computes in. The weights are float32 always.
-
-    auto: on CUDA bf16, or fp16 with loss scaling where bf16 is missing; float32 elsewhere. What mixed precision
-    leaves in float32 may use CUDA's TF32; with float32 nothing does.
-    """
-
-    def __init__(self, name: str, device: torch.device):
-        if name == "auto":
-            name = "float32"
-            if device.type == "cuda":
-                name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        self.device = device
-        self.dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("highest" if name == "float32" else "high")
-            torch.backends.cudnn.allow_tf32 = name != "float32"
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
 
 class Step(NamedTuple):

@@ -17,9 +17,9 @@ from fomo.datasets.mixture import Batches
 from fomo.datasets.pools import Pools, open_pools
 from fomo.datasets.samples import Batch
 from fomo.datasets.stream import composition
-from fomo.devices import machine, peak_memory, pick_device
+from fomo.devices import Precision, machine, peak_memory, pick_device
 from fomo.distributed import ALONE, Ranks
-from fomo.errors import FieldError, Interrupted
+from fomo.errors import Interrupted
 from fomo.eval.scorer import Scorer
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Weights
@@ -28,7 +28,7 @@ from fomo.recipe import Recipe, Temperature
 from fomo.runs.folder import Run
 from fomo.runs.step_log import StepLog, Timed
 from fomo.schedules import learning_rate
-from fomo.train import Precision, Step, on_device, train
+from fomo.train import Step, on_device, train
 
 CHECKPOINT_SECONDS = 300  # between checkpoints within an update
 
@@ -37,7 +37,7 @@ def run_recipe(
     recipe: Recipe, folder: Path, *, resume: bool, device: str, workers: int = 0, ranks: Ranks = ALONE
 ) -> None:
     """Run `recipe` in the run folder, to its end or to where it is interrupted."""
-    check_divisible(recipe, ranks)
+    ranks.check_batch(recipe.optimizer.batch_size, recipe.optimizer.accumulate)
     place = pick_device(device, recipe.threads)
     run, checkpoint = Run.open(folder, recipe, resume, ranks)
     try:
@@ -323,17 +323,6 @@ def set_temperature(model: nn.Module, temperature: Temperature) -> None:
             model.logit_scale.fill_(math.log(1 / temperature.init))
     if temperature.learn is False:
         model.logit_scale.requires_grad_(False)
-
-
-def check_divisible(recipe: Recipe, ranks: Ranks) -> None:
-    """Every rank must have as many rows of a batch, and parts of them."""
-    size, parts = recipe.optimizer.batch_size, recipe.optimizer.accumulate
-    if size % ranks.world_size:
-        found = f"{size} pairs for {ranks.world_size} ranks"
-        raise FieldError("optimizer.batch_size", f"{found}, accepted: a multiple of {ranks.world_size}")
-    if parts * ranks.world_size > size:
-        found = f"{parts} parts of the {size // ranks.world_size} pairs of a rank"
-        raise FieldError("optimizer.accumulate", f"{found}, accepted: at most a part per pair")
 
 
 def pools_of_all_ranks(recipe: Recipe, clip: Clip, run: Run) -> Pools:

@@ -27,13 +27,14 @@ from fomo.datasets import datafile
 from fomo.datasets.features import image_features, text_features
 from fomo.datasets.mixture import Batches, pool_of
 from fomo.datasets.samples import Collection, Samples
+from fomo.devices import Precision
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import FieldError, Interrupted, UserError
 from fomo.eval.zero_shot import class_features
 from fomo.methods import Method
 from fomo.pretrain import starting_model
 from fomo.recipe import Optimizer, Recipe
-from fomo.train import Precision, train
+from fomo.train import train
 
 # --- messages --------------------------------------------------------------------------------------------
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 import fomo.update
 from fomo.clip import contrastive_loss, encode
+from fomo.devices import Precision
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import Interrupted
 from fomo.load_recipe import load
 from fomo.methods import Method
 from fomo.methods.base import Inputs
 from fomo.passes import drawing
-from fomo.train import Precision, backward, backward_in_parts, compiled
+from fomo.train import backward, backward_in_parts, compiled
 
 ROOT, CPU = Path(__file__).parents[1], torch.device("cpu")
 TEXT = {"context_length": 16, "vocab_size": 64, "width": 16, "heads": 2, "layers": 2}

@@ -14,11 +14,12 @@ from fomo.clip import contrastive_loss, encode, new
 from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches, pool_of
 from fomo.datasets.samples import Batch, Collection, Samples
+from fomo.devices import Precision
 from fomo.methods import Method, build_method
 from fomo.methods.base import Inputs
 from fomo.pretrain import starting_model
 from fomo.recipe import Optimizer
-from fomo.train import Precision, backward, backward_in_parts, compiled, moved, on_device, train
+from fomo.train import backward, backward_in_parts, compiled, moved, on_device, train
 
 SETTINGS = Optimizer(lr=1e-2, batch_size=8)
 

@@ -12,10 +12,9 @@ from fomo.budget.mafs import Work, architecture, planned_steps, work_of
 from fomo.clip import check_name
 from fomo.datasets import datafile
 from fomo.datasets.stream import concepts_of
-from fomo.devices import pick_device
+from fomo.devices import Precision, pick_device
 from fomo.errors import UserError
 from fomo.recipe import Model, Recipe
-from fomo.train import Precision
 
 USED = 0.4  # of the matrix rate that training reaches: a guess until the run has timed itself
 

@@ -35,12 +35,13 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from fomo.clip import encode, text_tower
+from fomo.devices import Precision
 from fomo.errors import UserError, one_line
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Method
 from fomo.methods.merge import Merge
 from fomo.recipe import Optimizer
-from fomo.train import Precision, backward
+from fomo.train import backward
 from fomo.weights import Interpolate
 
 VERSION = 2  # of the counting: raised when the same settings would give other numbers

@@ -18,7 +18,7 @@ from fomo.distributed import ALONE, Ranks
 from fomo.recipe import Optimizer
 from fomo.weights import Weights
 
-Autocast = Callable[[], AbstractContextManager]  # train.Precision.autocast
+Autocast = Callable[[], AbstractContextManager]  # devices.Precision.autocast
 
 
 class Inputs(NamedTuple):
