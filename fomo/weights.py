@@ -32,9 +32,9 @@ Named = Iterator[tuple[str, Tensor]]
 def merge(rule: "Rule", models: Sequence[Weights], base: Weights | None = None) -> Named:
     """Yield (name, merged tensor), sorted by name; checks and passes over whole models come before the first.
 
-    Arithmetic is float32, on the device of the newest model; results have its dtypes. Integer buffers are
-    copied from it; running statistics are interpolated, whatever the rule (`merged_statistic`). No result shares
-    memory with an input. An input tensor is fetched once per pass.
+    Arithmetic is float32, on the device of the newest model; results have its dtypes. Integer buffers and masks
+    are copied from it; running statistics are interpolated, whatever the rule (`merged_statistic`). No result
+    shares memory with an input. An input tensor is fetched once per pass.
     """
     if not models or (rule.pairwise and len(models) != 2):
         expected = "two models, old and new" if rule.pairwise else "at least one model"
@@ -48,7 +48,7 @@ def merge(rule: "Rule", models: Sequence[Weights], base: Weights | None = None) 
 def merged_tensors(rule: "Rule", stack: "Stack", plan: Any) -> Named:
     layer_scale = rule.lines.factors(stack.kinds) if rule.lines else {}
     for name, kind in stack.kinds.items():
-        if not kind.dtype.is_floating_point:
+        if is_constant(name, kind):
             yield name, stack.models[-1][name].clone()
             continue
         if is_statistic(name):
@@ -59,6 +59,11 @@ def merged_tensors(rule: "Rule", stack: "Stack", plan: Any) -> Named:
         if rule.lines:
             merged = torch.lerp(base, merged, layer_scale[name])  # exactly `merged` where the scale is 1
         yield name, merged.to(kind.dtype)
+
+
+def is_constant(name: str, kind: "Kind") -> bool:
+    """Counts and ids, and the text's causal mask that some files have: −∞ less −∞ would be NaN."""
+    return not kind.dtype.is_floating_point or name.endswith("attn_mask")
 
 
 def is_statistic(name: str) -> bool:
@@ -110,8 +115,8 @@ class Stack:
     @property
     def floats(self) -> list[str]:
         """The names that a rule works on."""
-        floating = (name for name, kind in self.kinds.items() if kind.dtype.is_floating_point)
-        return [name for name in floating if not is_statistic(name)]
+        tensors = self.kinds.items()
+        return [name for name, kind in tensors if not (is_constant(name, kind) or is_statistic(name))]
 
     def read(self, weights: Weights, name: str) -> Tensor:
         """In float32; only float64 stays what it is."""

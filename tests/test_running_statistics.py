@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from fomo.clip import new, save
+from fomo.methods import build_method
 from fomo.weights import RULES, build_rule, is_statistic, merge
 
 ROOT = Path(__file__).parents[1]
@@ -90,6 +91,40 @@ def test_variances_stay_positive_in_half_precision(dtype):
     for rule in ("dare", "task_arithmetic", "ties"):
         made = dict(merge(build_rule({"rule": rule, "scale": 3.0}), models[1:], models[0]))[VAR]
         assert made.dtype == dtype and (made > 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(RULES.keys() - {"interpolate"}))
+def test_a_causal_mask_in_the_files_stays_what_it_is(name):
+    mask = torch.full((4, 4), -torch.inf).triu(1)
+    made = dict(merge(build_rule({"rule": name}), [{**OLD, "attn_mask": mask}, {**NEW, "attn_mask": mask}],
+                      {**BASE, "attn_mask": mask}))  # fmt: skip
+    assert made["attn_mask"].equal(mask) and made["weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("rule", ["interpolate", "task_arithmetic", "magmax"])
+def test_a_merge_of_all_experts_has_the_statistics_of_all(rule, tmp_path):
+    """Whether the rule has a running form or not: three updates, by hand."""
+
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.bn = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)
+
+    model = Module()
+    method = build_method({"name": "merge", "init": "zeroshot", "deploy": "all", "rule": rule})
+    method.keep_in(tmp_path)
+    (tmp_path / "experts").mkdir()
+    method.prepare(model)
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    experts = []
+    for variance in (0.5, 0.2, 0.1):
+        method.before_update(model)
+        model.bn.running_var.fill_(variance)
+        experts.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        method.after_update(model, [])
+    expected = dict(merge(build_rule({"rule": rule}), experts, original))
+    torch.testing.assert_close(model.bn.running_var, expected["bn.running_var"])
+    torch.testing.assert_close(model.bn.running_var, torch.full((4,), 0.8 / 3))
 
 
 # --- features that are not finite ------------------------------------------------------------------------

@@ -135,7 +135,9 @@ class Merge(Method):
         weighing = {"weights", "keep"} & {f.name for f in fields(self.rule)}
         alone = replace(self.rule, **dict.fromkeys(weighing))
         backwards = self.recency.startswith("reversed")
-        fold = None if backwards else self.rule.fold(weights.recency(self.recency, max(n, 2)))
+        # Running statistics become the mean over all experts, of which only interpolation has a running form.
+        measured = not isinstance(self.rule, weights.Interpolate) and any(map(weights.is_statistic, newest))
+        fold = None if backwards or measured else self.rule.fold(weights.recency(self.recency, max(n, 2)))
         if fold is not None:
             running = newest if n == 1 else self.merge([self.models["running"], newest], fold)
             return running, self.merge([running], alone)
