@@ -32,8 +32,8 @@ lint: $(VENV)/installed-dev ## ruff: mistakes and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-reproduce: $(VENV)/installed ## every study of the guide, two hours on 2 CPU cores; make reproduce SCALE=b32 on a GPU
-	$(PY) fomo.py reproduce --scale $(SCALE)
+reproduce: $(VENV)/installed ## every study of the guide, three hours on 2 CPU cores; make reproduce SEEDS=0: one hour
+	$(PY) fomo.py reproduce --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS))
 
 clean: ## remove the environment and the runs (the cache in ~/.cache/fomo stays)
 	rm -rf $(VENV) runs results .pytest_cache .ruff_cache

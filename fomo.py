@@ -171,11 +171,14 @@ def eval(as_json, device, **options):
 
 @cli.command()
 @click.option(
-    "-o", "out", metavar="DIR", help="Where to write the model; by default the cache that `update` reads."
+    "-o",
+    "out",
+    metavar="DIR|FILE",
+    help="Train it anew, as a directory or as FILE.safetensors and FILE.json.",
 )
 @shared_options("scale", "set", "device")
 def pretrain(out, device, **options):
-    """Make a scale's base model from random weights; `update` does this by itself when it needs to."""
+    """Train a scale's base model from random weights; without -o, say where the one that `update` takes is."""
     from fomo.load_recipe import load
     from fomo.pretrain import pretrain_scale
 
@@ -281,7 +284,7 @@ def report(runs, out):
 
 @cli.command()
 @click.argument("studies", nargs=-1, metavar="[STUDY]...")
-@click.option("--seeds", metavar="S,S,...", help="By default those of each study: 0,1,2,3,4.")
+@click.option("--seeds", metavar="S,S,...", help="By default those of each study: 0,1,2.")
 @click.option(
     "--shard", metavar="I/N", help="Only the I-th of N parts of the runs, for a cluster's job array."
 )
@@ -289,6 +292,12 @@ def report(runs, out):
 @click.option("--out", metavar="DIR", help="Runs and results; by default results/SCALE.")
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Runs side by side; by default one per core, or per GPU."
+)
+@click.option(
+    "--bases",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Of so many base models seed S takes number S mod N; all but the first are pretrained here.",
 )
 @shared_options("scale", "device")
 def reproduce(studies, seeds, scale, **options):

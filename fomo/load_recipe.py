@@ -67,7 +67,9 @@ def read_fields(path: Path) -> dict:
     """The fields that a file gives, with absolute paths."""
     values = checked_sections(read_yaml(path), path)
     pretraining, stream = values.get("model", {}).get("pretraining"), values.get("stream")
-    for section, key in ((values, "data"), (pretraining, "data"), (stream, "file"), (stream, "counts")):
+    paths = [(values, "data"), *((pretraining, key) for key in ("data", "stored"))]
+    paths += [(stream, key) for key in ("file", "counts")]
+    for section, key in paths:
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = locate(section[key], path)
     return values

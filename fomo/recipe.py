@@ -27,6 +27,7 @@ class Pretraining:
     floor: float = 0.1  # end well above zero: restarting a fully annealed model costs retention by itself
     weight_decay: float = 0.1
     seed: int = 0
+    stored: str | None = None  # the finished model, which stands for these settings (pretrain.py)
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Evaluation:
     subset: Annotated[float, Range(0, 1, above=True)] = 0.1
     # so many evaluations of the weights in training within each update, evenly spaced
     within: Natural = 0
-    every: Count = 1  # evaluate after every n-th update (and always after the last)
+    every: Count = 1  # evaluate after every n-th update (and always after the first and the last)
     keep_weights: Count | None = 3  # how many of the latest deployed weights to keep; null: all
     frozen: bool = False  # also score ridge regression on the untouched model's features
     keeps: list[Share] = field(default_factory=list)  # last update: score these shares of the old model, too

@@ -274,7 +274,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Score the deployed weights, keep them, and make the run resumable from here."""
         run, position = self.run, self.run.position
-        if position.update in (0, position.updates) or position.update % self.recipe.evaluation.every == 0:
+        update = position.update
+        if update in (0, 1, position.updates) or update % self.recipe.evaluation.every == 0:
             line, by_class = self.score()
             run.save_weights(self.clip, self.recipe.evaluation.keep_weights)
             run.add_seconds()

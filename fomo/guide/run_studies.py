@@ -79,8 +79,11 @@ class Job:
         return bool(lines) and lines[-1]["update"] >= self.recipe.stream.updates
 
 
-def plan(studies: list[Study], scale: str, seeds: list[int] | None, out: Path) -> list[Job]:
-    """Every run that the studies need at a scale, once; the first seed of all of them first."""
+def plan(studies: list[Study], scale: str, seeds: list[int] | None, out: Path, bases: int = 1) -> list[Job]:
+    """Every run that the studies need at a scale, once; the first seed of all of them first.
+
+    `bases`: of how many base models seeds take one in turn.
+    """
     needs = [
         (study, variant, seed)
         for study in studies
@@ -89,7 +92,7 @@ def plan(studies: list[Study], scale: str, seeds: list[int] | None, out: Path) -
     ]
     jobs: dict[str, Job] = {}
     for study, variant, seed in sorted(needs, key=lambda need: need[2]):
-        recipe, files = resolve(study, variant, scale, seed, out / "data")
+        recipe, files = resolve(study, variant, scale, seed, out / "data", seed % bases)
         key = identity(recipe, files)
         job = jobs.setdefault(key, Job(recipe, out / "runs" / key, files))
         job.needed_by.append((study.name, variant, seed))
@@ -261,13 +264,14 @@ def run_jobs(jobs: list[Job], width: int, device: str) -> dict[str, str]:
 
 def base_models(runs: list[Job]) -> list[Job]:
     """A job for each base model that has to be pretrained, so that two runs do not both train it."""
-    from fomo.datasets.cache import cache_root
-    from fomo.pretrain import settings_hash
+    from fomo.pretrain import cached, stored_hash
 
-    models = {
-        settings_hash(run.recipe.model): Job(run.recipe) for run in runs if run.recipe.model.pretraining
-    }
-    return [job for key, job in models.items() if not (cache_root() / "models" / key).exists()]
+    models = {}
+    for run in runs:
+        model = run.recipe.model
+        if model.pretraining and not stored_hash(model) and not cached(model).exists():
+            models[cached(model)] = Job(run.recipe)
+    return list(models.values())
 
 
 # --- the command -----------------------------------------------------------------------------------------
@@ -283,13 +287,14 @@ def reproduce(
     out: str | None,
     jobs: int | None,
     device: str,
+    bases: int = 1,
 ) -> str:
     """Run the named studies (all, without names) and write what they found; -> a line about it."""
     from fomo.devices import pick_device
 
     folder = Path(out).resolve() if out else Path("results").resolve() / Path(scale).stem
     studies = find_studies(names)
-    everything = plan(studies, scale, seeds, folder)
+    everything = plan(studies, scale, seeds, folder, bases)
     chosen = part(everything, shard)
     on_gpu = pick_device(device, None).type != "cpu"
     width = jobs or (1 if on_gpu else os.cpu_count() or 1)
@@ -300,7 +305,7 @@ def reproduce(
     failed = run_jobs(chosen, width, device)
     outcomes = [outcome(study, everything, scale, failed) for study in studies]
     findings = write_results(folder, outcomes, scale)
-    if not (names or seeds or shard or out or failed):
+    if not (names or seeds or shard or out or failed or bases > 1):
         name = "reproduction.md" if scale == "tiny" else f"reproduction-{Path(scale).stem}.md"
         write_document(ROOT.parent / "docs" / name, outcomes, findings, scale)
     if failed:

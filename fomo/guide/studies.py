@@ -19,9 +19,10 @@ scale's budget however many there are, unless `times: {budget: 2}` says otherwis
 scale, other models and pretraining pools, is in `scales` and `pools`, and a variant says which (`scale: large`,
 `pool: narrow`); where the scale names none, the variant is left out.
 
-A seed varies everything that is drawn: the stream and its batches, the base model, and the pictures of the
-rendered world, for which a copy of the data file is made. Seeds from 100 on are for tuning: what is scored are
-training pictures, so that no test picture has a part in choosing a setting.
+A seed varies the stream, its batches, and the rendered pictures that are learnt and scored, for which a copy of
+the data file is made. The base model and the pool that updates replay are one, as in the paper, unless several
+bases are asked for. Seeds from 100 on are for tuning: what is scored are training pictures, so that no test
+picture has a part in choosing a setting.
 """
 
 import dataclasses
@@ -152,8 +153,13 @@ def check(study: Study) -> None:
                 one_of(f"claim {claim.id}", variant, tuple(study.variants))
 
 
-def resolve(study: Study, name: str, scale: str, seed: int, folder: Path) -> tuple[Recipe, dict[Path, str]]:
-    """-> the complete recipe of a variant, and the data files to be written for its seed, in `folder`."""
+def resolve(
+    study: Study, name: str, scale: str, seed: int, folder: Path, base: int = 0
+) -> tuple[Recipe, dict[Path, str]]:
+    """-> the complete recipe of a variant, and the data files to be written for its seed, in `folder`.
+
+    `base`: the seed of a base model that the scale makes itself; 0 is the one that comes with it.
+    """
     variant = study.variants[name]
     path = study.path.parent / variant.recipe
     size = scale if variant.scale is None else beside(study.path, study.scales[scale][variant.scale])
@@ -164,6 +170,8 @@ def resolve(study: Study, name: str, scale: str, seed: int, folder: Path) -> tup
         values = dataclasses.asdict(load(path, scale=size, seed=seed, overrides=overrides))
         change(values, plain, variant)
         values["evaluation"].update(frozen=False, keep_weights=1)
+        if base and values["model"]["pretraining"]:
+            values["model"]["pretraining"]["seed"] = base
         files = reseed(values, seed, pool, folder)
         return build(Recipe, values), files
     except FieldError as error:
@@ -207,20 +215,17 @@ def scaled(value: float, factor: float) -> float:
 
 
 def reseed(values: dict, seed: int, pool: list | None, folder: Path) -> dict[Path, str]:
-    """Let the base model and the rendered pictures depend on the seed, and the pool replayed be `pool`. In place;
-    -> the data files that this takes. Seed 0 is the files as they are.
+    """Let the rendered pictures depend on the seed, and the pool replayed be `pool`. In place; -> the data file
+    that this takes. Seed 0 is the file as it is.
     """
-    files: dict[Path, str] = {}
-    pretraining = values["model"]["pretraining"]
-    for section, replayed in ((values, pool), (pretraining or {}, None)):
-        text = section and data_text(Path(section["data"]), seed, json.dumps(replayed))
-        if text:
-            digest = hashlib.sha256(text.encode()).hexdigest()[:6]
-            copy = folder / f"{Path(section['data']).stem}-seed{seed}-{digest}.yaml"
-            section["data"], files[copy] = str(copy), text
-    if pretraining and seed:
-        pretraining["seed"] = seed
-    return files
+    path = Path(values["data"])
+    text = data_text(path, seed, json.dumps(pool))
+    if text is None:
+        return {}
+    digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+    copy = folder / f"{path.stem}-seed{seed}-{digest}.yaml"
+    values["data"] = str(copy)
+    return {copy: text}
 
 
 def validation_split(values: dict, path: Path) -> dict:
@@ -250,13 +255,13 @@ def validation_split(values: dict, path: Path) -> dict:
 
 @cache
 def data_text(path: Path, seed: int, replayed: str) -> str | None:
-    """A data file with another pretraining pool (JSON) and `seed` in every rendered source; None: as it is."""
+    """A data file with another pretraining pool (JSON), and `seed` in every rendered set; None: as it is."""
     values, pool = read_yaml(path), json.loads(replayed)
     if pool is not None:
         values["pretraining"] = pool
     named = [values.get("adaptation") or {}, values.get("evaluation") or {}]
     entries = [*(values.get("pretraining") or []), *(entry for group in named for entry in group.values())]
-    rendered = [entry for entry in entries if entry.get("source") == "world"]
+    rendered = [e for group in named for e in group.values() if e.get("source") == "world"]
     if pool is None and not (rendered and seed) and seed < TUNING:
         return None
     if seed >= TUNING:

@@ -186,12 +186,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_scores(done, small_scale, tm
 
 def test_base_models_are_pretrained_once_and_first(tmp_path, small_scale, monkeypatch):
     monkeypatch.setenv("FOMO_CACHE", str(tmp_path / "empty"))
-    jobs = plan([read_study(study_file(tmp_path))], str(small_scale), None, tmp_path)
-    for job in jobs:
-        for path, text in job.files.items():
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-    assert len(base_models(jobs)) == 2  # of two seeds
+    study = read_study(study_file(tmp_path))
+    for bases in (1, 2):  # of two seeds
+        jobs = plan([study], str(small_scale), None, tmp_path, bases)
+        assert len(base_models(jobs)) == bases
 
 
 def test_a_signal_saves_the_runs_and_ends_the_command_with_its_status(small_scale, tmp_path):

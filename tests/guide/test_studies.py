@@ -12,6 +12,7 @@ from fomo.errors import UserError
 from fomo.guide.inequalities import PAPER_JOINT, PAPER_START
 from fomo.guide.studies import FOLDER, data_text, find_studies, read_study, resolve
 from fomo.load_recipe import load
+from fomo.pretrain import stored_hash
 from fomo.recipe import dump
 
 RECIPES = FOLDER.parent
@@ -177,18 +178,24 @@ def test_a_budget_in_gflops_is_a_lifes_already(tmp_path):
     assert recipe.budget.gflops == 3e6 and recipe.budget.samples is None
 
 
-def test_a_seed_varies_the_stream_the_base_model_and_the_pictures(tmp_path):
+def test_a_seed_varies_the_stream_and_the_pictures_but_not_the_base_model(tmp_path):
     same, files = variant(tmp_path)
     assert same.seed == 0 and Path(same.data) == RECIPES / "data" / "world.yaml" and not files
     recipe, files = variant(tmp_path, seed=3)
-    assert recipe.seed == recipe.model.pretraining.seed == 3
-    assert recipe.data == recipe.model.pretraining.data
+    assert recipe.seed == 3 and recipe.model == same.model
     ((path, text),) = files.items()
     written, original = yaml.safe_load(text), yaml.safe_load(Path(same.data).read_text())
     for role in ("adaptation", "evaluation"):
         assert all(entry.pop("seed") == 3 for entry in written[role].values())
         assert written[role] == original[role]
-    assert [entry["seed"] for entry in written["pretraining"]] == [3, 3] and str(path) == recipe.data
+    assert written["pretraining"] == original["pretraining"] and str(path) == recipe.data
+
+
+def test_a_base_other_than_the_first_is_pretrained_from_another_seed(tmp_path):
+    study = study_of(tmp_path)
+    models = [resolve(study, "finetune", "tiny", 4, tmp_path, base)[0].model for base in (0, 1)]
+    assert [model.pretraining.seed for model in models] == [0, 1]
+    assert stored_hash(models[0]) and stored_hash(models[1]) is None
 
 
 def test_powers_change_what_the_scale_says(tmp_path):
@@ -210,7 +217,7 @@ def test_another_pool_is_replayed_on_the_same_base_model(tmp_path):
     for seed in (0, 1):
         recipe, files = variant(tmp_path, seed=seed, study={"pools": {"tiny": {"few": pool}}}, pool="few")
         written = yaml.safe_load(files[Path(recipe.data)])
-        assert written["pretraining"] == [{**pool[0], **({"seed": 1} if seed else {})}]
+        assert written["pretraining"] == pool
         plain, _ = variant(tmp_path, seed=seed)
         assert recipe.model == plain.model and recipe.data != plain.data
 
@@ -270,8 +277,9 @@ def test_a_study_that_does_not_exist_is_named_with_its_nearest():
 
 def test_pictures_of_relative_files_cannot_be_copied_elsewhere(tmp_path):
     data = tmp_path / "data.yaml"
-    world = {"source": "world", "domain": "faces", "per_concept": 4}
-    data.write_text(yaml.safe_dump({"pretraining": [world, {"source": "webdataset", "path": "a.tar"}]}))
+    pool = [{"source": "webdataset", "path": "a.tar"}]
+    faces = {"source": "world", "domain": "faces", "test": 4}
+    data.write_text(yaml.safe_dump({"pretraining": pool, "evaluation": {"faces": faces}}))
     with pytest.raises(UserError, match=r"'a\.tar' is relative"):
         variant(tmp_path, seed=1, set={"data": str(data)})
     variant(tmp_path, seed=0, set={"data": str(data)})

@@ -2,12 +2,14 @@
 
     render("digits", "three", 7)          a 32 x 32 picture, the same one in every process
     caption("digits", "three", 7)         "a drawing of the red digit three."
+    caption("scenes", "house", 7)         "look: the house left of the key."
     World("flags", split="test", per_concept=50)                      one dataset of ten concepts
     World("base", split="train", per_concept=300, style="mixed")      the pretraining pool
 
 A domain is a dataset: a table of concepts and a function that draws them. Base domains are what a model is
 pretrained on, adaptation domains what it learns later; the combination domain joins words that base captions
-hold but never join ("red" and "circle"). A style (sketched, noisy, ...) changes how any domain looks.
+hold but never join ("red" and "circle"). Scenes hold two figures, for retrieval: their captions say more than a
+class. A style (sketched, noisy, ...) changes how any domain looks.
 
 Everything random about a picture comes from one generator, seeded by (seed, split, domain, style, concept,
 index). It first draws the look (colours, position, size, tilt, ...), which the caption may then mention.
@@ -30,7 +32,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 from fomo.datasets.sources.base import Source
 from fomo.schema import Count, Range, Share, one_of
 
-VERSION = 2  # raise it whenever a pixel or a caption changes
+VERSION = 3  # raise it whenever a pixel or a caption changes
 
 # fmt: off
 COLOURS = {
@@ -194,13 +196,14 @@ class Look:
     y: float
     stretch: float  # width over height
     weight: float  # of lines, in halves of the figure
+    other: float  # 0 to 1: which other figure a scene holds, and where
 
 
 def draw_look(rng: np.random.Generator, style: str) -> Look:
     """Dark on light three times of four: inverted pictures are then unusual, not unheard of."""
     dark, light = PAIRS[rng.integers(len(PAIRS))]
     ink, ground = (dark, light) if rng.random() < 0.75 else (light, dark)
-    ranges = [(0.8, 1.15), (-12, 12), (-0.15, 0.15), (-0.15, 0.15), (0.85, 1.15), (0.18, 0.28)]
+    ranges = [(0.8, 1.15), (-12, 12), (-0.15, 0.15), (-0.15, 0.15), (0.85, 1.15), (0.18, 0.28), (0, 1)]
     return Look(style, ink, ground, *rng.uniform(*np.transpose(ranges)).tolist())
 
 
@@ -208,7 +211,7 @@ class Pen:
     """Draws in the figure's own units: it fills -1 to 1 both ways, x to the right, y down."""
 
     def __init__(self, look: Look, rng: np.random.Generator, zoom: float, pixels: int):
-        self.rng, self.ink, self.ground = rng, look.ink, look.ground
+        self.rng, self.look, self.ink, self.ground = rng, look, look.ink, look.ground
         self.image = Image.new("RGB", (pixels, pixels), COLOURS[look.ground])
         self.canvas = ImageDraw.Draw(self.image)
         half = zoom * look.size * pixels / 2  # of the figure, in pixels
@@ -378,6 +381,29 @@ def star(pen: Pen, parts: tuple[int, float, str]) -> None:
     pen.glyph(extra)
 
 
+SIDES = {"left of": (-0.55, 0), "right of": (0.55, 0), "above": (0, -0.55), "below": (0, 0.55)}
+
+
+def partner(concept: str, others: dict[str, str], look: Look) -> tuple[str, str]:
+    """-> the other figure of a scene, and on which side of it the concept is."""
+    choices = [(name, side) for name in others if name != concept for side in SIDES]
+    return choices[int(look.other * len(choices))]
+
+
+def scenes(others: dict[str, str]) -> Callable:
+    """A draw function for two figures: the concept, and one of `others`."""
+
+    def draw(pen: Pen, concept: str) -> None:
+        name, side = partner(concept, others, pen.look)
+        middle, place = pen.origin, np.array(SIDES[side])
+        pen.axes, pen.width = 0.45 * pen.axes, 0.55 * pen.width
+        for figure, sign in ((concept, 1), (name, -1)):
+            pen.origin = middle + sign * place @ pen.axes / 0.45
+            pen.glyph(others[figure])
+
+    return draw
+
+
 @dataclass(frozen=True)
 class Domain:
     """One dataset of the world."""
@@ -389,6 +415,7 @@ class Domain:
     draw: Callable[[Pen, Any], None]
     zoom: float = 0.85  # share of the picture's side that the figure takes
     colours: str = "named"  # any, captions may name them; "unnamed": any, never named; "fixed": the concept's
+    others: dict[str, str] | None = None  # of scenes: the figures that stand beside the concept
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -415,6 +442,7 @@ COMBINATIONS = {
     for colour in ("red", "orange", "green", "blue", "purple", "pink")
     for name in (f"{colour} circle", f"{colour} ring", f"{colour} triangle", f"{colour} cross")
 }
+BASE_FIGURES, NEW_FIGURES = ICONS | SHAPES, OBJECTS | SYMBOLS
 ALL_DOMAINS = (
     Domain("shapes", "base", "{}", SHAPES, glyphs(), 0.75, colours="unnamed"),
     Domain("colours", "base", "colour {}", PALETTE, confetti, 1.1, colours="fixed"),
@@ -426,6 +454,7 @@ ALL_DOMAINS = (
     Domain("faces", "base", "{} face", FACES, glyphs(".448", mirror=True, thin=0.8), 0.95),
     Domain("icons", "base", "{}", ICONS, glyphs(mirror=True)),
     Domain("places", "base", "{} scene", PLACES, glyphs(mirror=True, reach=2), 1.05, colours="fixed"),
+    Domain("scenes", "base", "{}", {n: n for n in ICONS}, scenes(BASE_FIGURES), 0.9, others=BASE_FIGURES),
     Domain("letters-k-t", "adaptation", "letter {}", {c: LETTERS[c] for c in "KLMNOPQRST"}, glyphs(), 0.7),
     Domain("symbols", "adaptation", "{} symbol", SYMBOLS, glyphs(), 0.8),
     Domain("flags", "adaptation", "flag of {}", FLAGS, glyphs(), colours="fixed"),
@@ -436,6 +465,9 @@ ALL_DOMAINS = (
     Domain("gradients", "adaptation", "{} gradient", GRADIENTS, gradient, 1.0),
     Domain("rooms", "adaptation", "plan of a {}", ROOMS, glyphs("-0080880800", mirror=True, thin=0.6)),
     Domain("signs", "adaptation", "{} sign", SIGNS, glyphs(), colours="fixed"),
+    Domain(
+        "couples", "adaptation", "{}", {n: n for n in OBJECTS}, scenes(NEW_FIGURES), 0.9, others=NEW_FIGURES
+    ),
     Domain("colour-shapes", "combination", "{}", COMBINATIONS, coloured_shape, 0.75, colours="fixed"),
 )
 DOMAINS = {domain.name: domain for domain in ALL_DOMAINS}
@@ -522,6 +554,9 @@ def caption(
     rng, look = begin(domain, concept, index, split, seed, style)
     template, colour, trait, absent = rng.random(4)
     noun = DOMAINS[domain].noun.format(concept)
+    if others := DOMAINS[domain].others:
+        other, side = partner(concept, others, look)
+        noun = f"{noun} {side} the {other}"
     if DOMAINS[domain].colours == "named" and look.style not in COLOURLESS and colour < 0.4:
         noun = f"{look.ink} {noun}" if colour < 0.25 else f"{noun} on {look.ground}"
     elif trait < 0.3 and look.style in STYLE_WORDS:
