@@ -194,16 +194,21 @@ def pretrain(out, device, **options):
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the rule, as keep=0.5."
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What the merge is stored in; by default the widest of the models'.",
+)
 @click.option("--sweep", metavar="KEY=A,B,C", help="Score each value on --data and draw the curve to -o.")
 @shared_options("data", "device")
-def merge(rule, base, models, out, settings, sweep, data, device):
+def merge(rule, base, models, out, settings, dtype, sweep, data, device):
     """Merge checkpoints, oldest first; a two-model rule takes OLD NEW, and `keep` is the share of OLD."""
     from fomo import merge_files
 
     if sweep:
         print(merge_files.sweep(rule, settings, sweep, base, models, data, Path(out), device))
     else:
-        print(merge_files.merge(rule, settings, base, models, Path(out)))
+        print(merge_files.merge(rule, settings, base, models, Path(out), dtype))
 
 
 @cli.command()
