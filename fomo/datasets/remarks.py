@@ -77,9 +77,8 @@ def glance(data: DataFile, reader: Reader) -> list[str]:
 
 
 def of_model(data: DataFile, reader: Reader) -> list[str]:
-    lines = []
-    side = reader.config.get("vision_cfg", {}).get("image_size", 224) if reader.config else data.image_size
-    if data.image_size not in (None, side):
+    lines, side = [], reader.config.get("vision_cfg", {}).get("image_size", 224)
+    if reader.config and data.image_size not in (None, side):
         what = f"{data.image_size} is the side of cached pictures, the model still sees {side} and not more"
         remedy = "pictures are resized twice, so scores differ from the deployed model's: leave it out"
         lines.append(f"{data.path}: image_size: {what}; {remedy}")
