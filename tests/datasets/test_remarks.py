@@ -73,7 +73,7 @@ def test_cut_captions_are_counted_by_the_models_tokens_and_context(context, tmp_
     """The oracle is open_clip's encoder: the tokens of the text, with the start and the end."""
     texts = [
         "a cat",
-        "一只棕色的小狗在公园的草地上奔跑，旁边有一个红色的球",
+        "一只棕色的小狗在公园的草地上奔跑旁边有一个红色的球",
         "word " * 62,
         "word " * 63,
         "!" * 90,
