@@ -197,16 +197,21 @@ def pretrain(out, device, **options):
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the rule, as keep=0.5."
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What the merge is stored in; by default the widest of the models'.",
+)
 @click.option("--sweep", metavar="KEY=A,B,C", help="Score each value on --data and draw the curve to -o.")
 @shared_options("data", "device")
-def merge(rule, base, models, out, settings, sweep, data, device):
+def merge(rule, base, models, out, settings, dtype, sweep, data, device):
     """Merge checkpoints, oldest first; a two-model rule takes OLD NEW, and `keep` is the share of OLD."""
     from fomo import merge_files
 
     if sweep:
         print(merge_files.sweep(rule, settings, sweep, base, models, data, Path(out), device))
     else:
-        print(merge_files.merge(rule, settings, base, models, Path(out)))
+        print(merge_files.merge(rule, settings, base, models, Path(out), dtype))
 
 
 @cli.command()
@@ -326,11 +331,13 @@ def list_datasets(root):
 @data.command("check")
 @click.argument("path", metavar="FILE")
 @click.option("--plot", metavar="DIR", help="Draw a contact sheet of each dataset there.")
-def check_data(path, plot):
+@click.option("--model", metavar="NAME/TAG|PATH", help="Whose captions they must fit; by default any CLIP's.")
+def check_data(path, plot, model):
     """Open everything that a data file names; exit 2 where something would keep a run from making sense."""
     from fomo.datasets.check import check
+    from fomo.load_recipe import load
 
-    found = check(path, plot)
+    found = check(path, plot, load(None, data=path, model=model).model if model else None)
     print(found.text())
     if found.errors:
         raise UserError(f"{path}: {len(found.errors)} errors, first: {found.errors[0]}")
@@ -344,10 +351,10 @@ def check_data(path, plot):
 @shared_options("scale", "set", "model")
 def cache_data(path, size, **options):
     """Decode and resize every picture of a data file once, in parallel; `update` would do it on first use."""
-    from fomo.datasets.check import fill_caches, side_of
+    from fomo.datasets.check import as_cached, fill_caches
     from fomo.load_recipe import load
 
-    print(fill_caches(path, size or side_of(path, load(None, data=path, **options).model)))
+    print(fill_caches(path, as_cached(path, load(None, data=path, **options).model, size)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -39,6 +40,8 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 class Words:
     """Stands for a Clip: twelve tokens a caption."""
+
+    preprocess = PreprocessCfg()
 
     def tokenize(self, texts: list[str]) -> list[np.ndarray]:
         return [np.arange(12, dtype=np.int32)] * len(texts)

@@ -42,7 +42,7 @@ from fomo.clip import Clip, new  # noqa: E402
 from fomo.datasets import datafile  # noqa: E402
 from fomo.datasets.mixture import Batches, pool_of  # noqa: E402
 from fomo.datasets.samples import Collection, Samples  # noqa: E402
-from fomo.datasets.sources.base import Source, rgb  # noqa: E402
+from fomo.datasets.sources.base import Source  # noqa: E402
 from fomo.datasets.sources.tables import Table  # noqa: E402
 from fomo.datasets.sources.world import World  # noqa: E402
 from fomo.devices import (  # noqa: E402
@@ -141,7 +141,7 @@ def write_pictures(case: Case, data: str | None, folder: Path) -> None:
             source = sources[number % len(sources)]
             index = int(choice.integers(len(source)))
             caption = " ".join(Samples.describe(source, index)[0].split())
-            rgb(source.image(index)).save(folder / f"{number}.jpg", quality=95)
+            source.image(index).convert("RGB").save(folder / f"{number}.jpg", quality=95)
             table.writerow([f"{number}.jpg", caption])
 
 

@@ -48,12 +48,17 @@ class Clip:
         return size[0] if isinstance(size, (tuple, list)) else size
 
     @property
+    def preprocess(self) -> PreprocessCfg:
+        """What open_clip's own transform of the deployed model does to a picture."""
+        return PreprocessCfg(**self.config["preprocess_cfg"])
+
+    @property
     def mean(self) -> tuple[float, ...]:
-        return tuple(self.config["preprocess_cfg"]["mean"])
+        return tuple(self.preprocess.mean)
 
     @property
     def std(self) -> tuple[float, ...]:
-        return tuple(self.config["preprocess_cfg"]["std"])
+        return tuple(self.preprocess.std)
 
     def tokenize(self, texts: list[str]) -> list:
         """Token ids of each text as an int32 array, cut after its end where the text tower allows it."""
@@ -171,17 +176,14 @@ def new(config: dict, seed: int) -> Clip:
         model = open_clip.CLIP(**config)
     except (*NOT_TENSORS, TypeError, AssertionError, ZeroDivisionError) as error:
         raise UserError(f"model.config: open_clip makes no CLIP of it: {one_line(error)}") from None
-    open_clip.model.set_model_preprocess_cfg(model, asdict(PreprocessCfg()))
+    open_clip.model.set_model_preprocess_cfg(model, asdict(PreprocessCfg(size=model.visual.image_size)))
     tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
     return finish(model, {"model_cfg": config}, tokenizer)
 
 
 def finish(model: nn.Module, config: dict, tokenizer: object) -> Clip:
-    visual = model.visual
-    config["preprocess_cfg"] = {"mean": list(visual.image_mean), "std": list(visual.image_std)}
-    for key in ("interpolation", "resize_mode"):
-        if key in getattr(visual, "preprocess_cfg", {}):
-            config["preprocess_cfg"][key] = visual.preprocess_cfg[key]
+    preprocess = model.visual.preprocess_cfg.items()
+    config["preprocess_cfg"] = {k: list(v) if isinstance(v, tuple) else v for k, v in preprocess}
     return Clip(model, config, tokenizer)
 
 

@@ -1,5 +1,6 @@
 """Files of weights, and merging them by hand: what wise-ft and patching users do between two checkpoints."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,14 +58,36 @@ def build_rule(name: str, settings: Sequence[str]) -> weights.Rule:
     return weights.build_rule({**spec, "rule": name})
 
 
-def merge(name: str, settings: Sequence[str], base: str | None, models: Sequence[str], out: Path) -> Path:
-    """Merge `models`, oldest first, into a file, or into a model directory if `out` has no suffix."""
+def merge(
+    name: str,
+    settings: Sequence[str],
+    base: str | None,
+    models: Sequence[str],
+    out: Path,
+    dtype: str | None = None,
+) -> Path:
+    """Merge `models`, oldest first, into a file, or into a model directory if `out` has no suffix.
+
+    dtype: torch's name of what floating-point tensors are stored in; by default the widest among the models.
+    """
     rule = build_rule(name, settings)
     opened = [open_weights(model) for model in models]
     merged = weights.merge(rule, opened, open_weights(base) if base else None)
     result = dict(tqdm(merged, total=len(opened[-1]), desc=f"merging by {name}", unit="tensor", leave=False))
+    if dtype:
+        result = {
+            key: t.to(getattr(torch, dtype)) if t.is_floating_point() else t for key, t in result.items()
+        }
+    elif (
+        len(dtypes := sorted({str(t.dtype)[6:] for m in opened for t in m.values() if t.is_floating_point()}))
+        > 1
+    ):
+        widest = "each tensor is stored in the widest; another: --dtype"
+        tqdm.write(f"warning: the models have tensors in {' and '.join(dtypes)}; {widest}", file=sys.stderr)
     if not out.suffix:
         clip = model_of(models[-1])
+        if dtype:
+            clip.model.to(getattr(torch, dtype))
         clip.model.load_state_dict(result)
         save(clip, out)
     elif out.suffix == ".safetensors":

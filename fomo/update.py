@@ -15,6 +15,7 @@ from fomo.clip import Clip, load
 from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches
 from fomo.datasets.pools import Pools, open_pools
+from fomo.datasets.remarks import Reader, glance
 from fomo.datasets.samples import Batch
 from fomo.datasets.stream import composition
 from fomo.devices import Precision, machine, peak_memory, pick_device
@@ -47,9 +48,12 @@ def run_recipe(
             # A run that has begun has its model with it: all weights are in the checkpoint.
             begun = checkpoint is not None and run.model.exists()
             clip = load(None, str(run.model)) if begun else starting_model(recipe.model, place)
+        data = datafile.read(recipe.data)
+        if ranks.first and not checkpoint:
+            for line in glance(data, Reader(clip.config["model_cfg"], clip.tokenizer)):
+                tqdm.write(f"warning: {line}", file=sys.stderr)
         trainer = Trainer(recipe, clip, run, place, workers)
-        data = datafile.content(datafile.read(recipe.data))
-        run.begin(recipe, data, trainer.pools.record(), trainer.constants(), checkpoint)
+        run.begin(recipe, datafile.content(data), trainer.pools.record(), trainer.constants(), checkpoint)
         if checkpoint:
             trainer.restore(checkpoint)
         trainer.run_updates()

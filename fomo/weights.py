@@ -32,9 +32,10 @@ Named = Iterator[tuple[str, Tensor]]
 def merge(rule: "Rule", models: Sequence[Weights], base: Weights | None = None) -> Named:
     """Yield (name, merged tensor), sorted by name; checks and passes over whole models come before the first.
 
-    Arithmetic is float32, on the device of the newest model; results have its dtypes. Integer buffers and masks
-    are copied from it; running statistics are interpolated, whatever the rule (`merged_statistic`). No result
-    shares memory with an input. An input tensor is fetched once per pass.
+    Arithmetic is float32, on the device of the newest model; a result has the widest dtype that any model or the
+    base has it in. Integer buffers and masks are copied from the newest; running statistics are interpolated,
+    whatever the rule (`merged_statistic`). No result shares memory with an input. An input tensor is fetched once
+    per pass.
     """
     if not models or (rule.pairwise and len(models) != 2):
         expected = "two models, old and new" if rule.pairwise else "at least one model"
@@ -92,7 +93,7 @@ class Kind(NamedTuple):
 
 
 class Stack:
-    """Models that agree in names and shapes, oldest first, and their base; `kinds` are those of the newest."""
+    """Models that agree in names and shapes, oldest first, and their base; `kinds` are what the merge has."""
 
     def __init__(self, models: Sequence[Weights], base: Weights | None):
         self.models, self.base, newest = models, base, f"model {len(models)}"
@@ -111,6 +112,10 @@ class Stack:
             if shape != kind.shape or dtype.is_floating_point != kind.dtype.is_floating_point:
                 found, wanted = f"{shape} {dtype} in {label}", f"{kind.shape} {kind.dtype} in {newest}"
                 raise UserError(f"models differ in tensor {name}: {found}, {wanted}")
+            if (
+                dtype.is_floating_point
+            ):  # else what one model has in float32 would be rounded as another's bf16
+                self.kinds[name] = kind._replace(dtype=torch.promote_types(kind.dtype, dtype))
 
     @property
     def floats(self) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 from safetensors.torch import save_file
 from small_runs import class_folders, invoke, picture, recipe_of, run, weights_of
@@ -142,7 +143,7 @@ def test_a_shards_members_are_never_written_whatever_they_are(tmp_path, monkeypa
             tar.addfile(info, io.BytesIO(content.getvalue()))
     before = set(tmp_path.rglob("*"))
     source = Webdataset(str(tmp_path / "a.tar"))
-    assert len(source) == 3 and all(decode(source, 8, i)[1] is None for i in range(3))
+    assert len(source) == 3 and all(decode(source, PreprocessCfg(size=8), i)[1] is None for i in range(3))
     assert set(tmp_path.rglob("*")) == before and not list(Path("/tmp").glob("xxx*"))
     assert not (tmp_path.parents[1] / "out").exists()
 
@@ -159,7 +160,7 @@ def test_a_decompression_bomb_is_an_unreadable_picture(tmp_path):
     class_folders(tmp_path, ["a"], 1)
     (tmp_path / "a" / "bomb.png").write_bytes(bomb())
     source = Folder(str(tmp_path))
-    problems = [decode(source, 8, i)[1] for i in range(2)]
+    problems = [decode(source, PreprocessCfg(size=8), i)[1] for i in range(2)]
     assert problems[0] is None and "bomb.png" in problems[1] and "decompression bomb" in problems[1]
 
 
@@ -177,7 +178,7 @@ def test_links_to_pictures_are_pictures_and_links_to_folders_lead_nowhere_below_
     names = [Path(source.name_of(i)).name for i in range(len(source))]
     assert names == ["0.png", "1.png", "link.png", "passwd.png", "0.png", "1.png", "2.png"]
     assert source.classes == ["cat", "dog"]
-    assert [names[i] for i in range(7) if decode(source, 8, i)[1]] == ["passwd.png"]
+    assert [names[i] for i in range(7) if decode(source, PreprocessCfg(size=8), i)[1]] == ["passwd.png"]
 
 
 NAMES = ["c+++d", "emoji 🎈", "a\nb", "{}", "$HOME", "<b>&amp;", "naïve", "%s", "x" * 200, " padded "]
@@ -284,4 +285,4 @@ def test_a_table_with_paths_that_are_no_paths_is_read_and_its_pictures_are_broke
     except UserError as error:  # Python before 3.11 has no null characters in tables
         assert "not a readable table" in str(error)
         return
-    assert source.key() and all(decode(source, 8, i)[1] for i in range(4))
+    assert source.key() and all(decode(source, PreprocessCfg(size=8), i)[1] for i in range(4))

@@ -18,6 +18,7 @@ import yaml
 from conftest import SMALL_DATA, SMALL_SCALE
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 
 from fomo.clip import new
@@ -269,7 +270,7 @@ def tar_bytes() -> bytes:
 def read_through(source: Source) -> None:
     """Every picture is pixels or a problem on one line, and every caption is text."""
     for index in range(len(source)):
-        pixels, problem = decode(source, 8, index)
+        pixels, problem = decode(source, PreprocessCfg(size=8), index)
         assert (pixels.size == 0) == bool(problem) and (problem is None or problem.isprintable())
         assert all(isinstance(caption, str) for caption in source.captions(index))
     assert source.labels.max() < max(len(source.classes), 1)

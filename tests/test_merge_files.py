@@ -62,6 +62,25 @@ def test_any_file_of_named_tensors_is_merged_and_keeps_its_names(tmp_path):
         assert merged["x"].tolist() == [2.0, 2.0] and merged["steps"] == 3
 
 
+@pytest.mark.parametrize("order", [("float", "half"), ("half", "float")])
+def test_a_merge_is_stored_in_the_widest_dtype_or_the_one_that_is_asked_for(order, tmp_path):
+    fine = torch.tensor([1.0, 1.0 + 2**-20])  # in bfloat16 both are 1
+    save_file({"x": fine, "y": fine.bfloat16(), "n": torch.tensor(1)}, tmp_path / "float.safetensors")
+    save_file(
+        {"x": fine.bfloat16(), "y": fine.bfloat16(), "n": torch.tensor(1)}, tmp_path / "half.safetensors"
+    )
+    files, out = [tmp_path / f"{name}.safetensors" for name in order], tmp_path / "out.safetensors"
+    done = merge("--rule", "interpolate", "--set", "keep=0.5", *files, "-o", out)
+    merged = load_file(out)
+    assert torch.equal(merged["x"], (fine + 1) / 2) and merged["y"].dtype == torch.bfloat16
+    assert "warning: the models have tensors in bfloat16 and float32" in done.stderr
+    done = merge("--rule", "interpolate", "--set", "keep=0.5", "--dtype", "float16", *files, "-o", out)
+    kinds = {name: tensor.dtype for name, tensor in load_file(out).items()}
+    assert kinds == {"x": torch.float16, "y": torch.float16, "n": torch.int64} and not done.stderr.count(
+        "warning"
+    )
+
+
 def test_rules_on_task_vectors_take_a_base(models, tmp_path):
     save(new(CONFIG, 2), tmp_path / "base")
     out = tmp_path / "merged.safetensors"

@@ -11,6 +11,7 @@ from fomo.budget.flops_memory import parameter_count
 from fomo.budget.mafs import Work, architecture, planned_steps, work_of
 from fomo.clip import check_name
 from fomo.datasets import datafile
+from fomo.datasets.remarks import glance, reader_of
 from fomo.datasets.stream import concepts_of
 from fomo.devices import Precision, pick_device
 from fomo.errors import UserError
@@ -20,7 +21,7 @@ USED = 0.4  # of the matrix rate that training reaches: a guess until the run ha
 
 
 def dry_run(recipe: Recipe, device: str) -> str:
-    """Needs the data file and the model's architecture; no weights, no picture is decoded."""
+    """Needs the data file and the model's architecture; no weights; of pictures only the headers."""
     check_weights(recipe.model)
     place = pick_device(device, recipe.threads)
     data = datafile.read(recipe.data)
@@ -43,6 +44,7 @@ def dry_run(recipe: Recipe, device: str) -> str:
         costs = "nothing that the model knew before is replayed, so it forgets more (docs/life.md)"
         entry = "pretraining: [{source: webdataset, path: 'cc3m/{0000..0019}.tar'}]"
         lines.append(f"{data.path}: without a pretraining pool {costs}; to add one: {entry}")
+    lines += [f"warning: {line}" for line in glance(data, reader_of(recipe.model))]
     return "\n".join(lines)
 
 

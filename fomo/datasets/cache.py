@@ -1,8 +1,13 @@
 """Pictures as pixels: decoded and resized once into a memory-mapped uint8 file per dataset and split.
 
-A cached picture has the model's image size S on its short side. The long side is cut to about 1.5 S around the
-centre: RandomResizedCrop with scale >= 0.9 and ratio <= 4/3 can only fall back to its central crop on anything
-wider than 1.48, so the crops are the same as from the whole picture.
+A picture is read, resized and padded as open_clip's own transform of the deployed model does it. For a model that
+squashes or pads (resize_mode squash, longest) S x S pixels are cached, S the model's image size, and training
+crops are cut from those: it learns from what it is scored on. (open_clip's transform for training has no
+resize_mode: of a picture three times as wide as high it would never show such a model the sides.)
+
+Where open_clip cuts the central square out (shortest), the short side is S and the long side is cut to about 1.5 S
+around the centre: RandomResizedCrop with scale >= 0.9 and ratio <= 4/3 can only fall back to its central crop on
+anything wider than 1.48, so the crops are the same as from the whole picture.
 """
 
 import hashlib
@@ -15,38 +20,45 @@ from pathlib import Path
 
 import numpy as np
 import PIL
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from tqdm import tqdm
 
 from fomo.atomic import cache_root, make
 from fomo.datasets.arrays import Arrays, in_chunks, read_array
-from fomo.datasets.sources.base import UNREADABLE, Source, rgb
+from fomo.datasets.sources.base import UNREADABLE, Source
 from fomo.errors import UserError
 
-VERSION = 3  # of the file layout and of `shrink`
+VERSION = 4  # of the file layout and of `shrink`; 3 turned, flattened and rounded otherwise
 LIMIT = 0.01  # share of pictures that may be unreadable
 AUTO_LIMIT = 64 * 2**30  # bytes of all pixel caches together up to which `cache: auto` makes a new one
 NOTHING = np.zeros((0, 0, 3), np.uint8)  # what stands for a picture that cannot be read
 
 
-def shrink(image: Image.Image, size: int) -> np.ndarray:
-    """-> (h, w, 3) uint8 with min(h, w) == size and max(h, w) <= 1.5 size + 3; bicubic, antialiased."""
-    image = rgb(image)
+def shrink(image: Image.Image, how: PreprocessCfg) -> np.ndarray:
+    """-> (h, w, 3) uint8, (S, S) or in the mode shortest min(h, w) == S and max(h, w) <= 1.5 S + 5."""
+    steps = image_transform_v2(how, is_train=False).transforms[:-2]  # but to a tensor and to normalise
+    if how.resize_mode == "shortest":
+        steps[1] = partial(cut, size=how.size)  # which is the central square there
+    for step in steps:
+        image = step(image)
+    return np.asarray(image)
+
+
+def cut(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
-    scale = size / min(width, height)
-    if scale != 1:
-        shape = (max(size, round(width * scale)), max(size, round(height * scale)))
-        image = image.resize(shape, Image.Resampling.BICUBIC)
-        width, height = image.size
-    h, w = cut_side(height, size), cut_side(width, size)
-    top, left = (height - h) // 2, (width - w) // 2
-    return np.asarray(image)[top : top + h, left : left + w]
+    w, h = cut_side(width, size), cut_side(height, size)
+    left, top = (width - w) // 2, (height - h) // 2
+    return image.crop((left, top, left + w, top + h))
 
 
 def cut_side(side: int, size: int) -> int:
-    """What is left of a side: so much that no random crop fits, even rounded; the centre stays the centre."""
+    """What is left of a side: so much that no random crop fits, even rounded.
+
+    A multiple of 4 goes, so that the centre stays the centre: torchvision rounds its corner half to even.
+    """
     enough = (3 * size + 4) // 2
-    return min(side, enough + (side - enough) % 2)
+    return min(side, enough + (side - enough) % 4)
 
 
 class Pixels:
@@ -80,8 +92,8 @@ class Pixels:
 class Decoded:
     """The same pictures without a cache: each is decoded when it is asked for, in whichever process that is."""
 
-    def __init__(self, source: Source, size: int, name: str):
-        self.source, self.size, self.name = source, size, name
+    def __init__(self, source: Source, how: PreprocessCfg, name: str):
+        self.source, self.how, self.name = source, how, name
         self.drawn, self.broken = 0, set()
 
     def __getitem__(self, index: int) -> np.ndarray:
@@ -89,7 +101,7 @@ class Decoded:
         self.drawn += 1
         if index in self.broken:
             return NOTHING
-        pixels, problem = decode(self.source, self.size, index)
+        pixels, problem = decode(self.source, self.how, index)
         if problem:
             self.report(index, problem)
         return pixels
@@ -106,40 +118,49 @@ class Decoded:
     @cached_property
     def shapes(self) -> np.ndarray:
         """(n, 2) as of Pixels. Costs one pass over all pictures, whose result is stored."""
-        folder = folder_of(self.source, self.size, "shapes")
+        folder = folder_of(self.source, self.how, "shapes")
         if not folder.exists():
-            build(self.source, self.size, self.name, folder, pixels=False)
+            build(self.source, self.how, self.name, folder, pixels=False)
         return read_array(folder, "shapes", np.uint16).reshape(-1, 2)
 
 
-def open_pixels(source: Source, size: int, name: str) -> Pixels | Decoded:
+def open_pixels(source: Source, how: PreprocessCfg, name: str) -> Pixels | Decoded:
     """The source's pixel cache, built now if it is not there yet. `name` is shown and used in messages.
 
     With `cache: never`, and with `auto` once all caches together would pass AUTO_LIMIT or fill the disk,
     pictures are decoded when drawn: slower, and the same pictures.
     """
     if source.cache == "never":
-        return Decoded(source, size, name)
-    folder = folder_of(source, size)
+        return Decoded(source, how, name)
+    folder = folder_of(source, how)
     if not folder.exists():
-        if source.cache == "auto" and (reason := too_large(source, size)):
+        if source.cache == "auto" and (reason := too_large(source, how.size)):
             tqdm.write(f"{name}: {reason}; pictures are decoded when drawn", file=sys.stderr)
-            return Decoded(source, size, name)
-        build(source, size, name, folder)
+            return Decoded(source, how, name)
+        build(source, how, name, folder)
     pixels = open_complete(folder)
     if pixels is None:
         tqdm.write(f"{name}: its cache {folder} is not as it was written; made again", file=sys.stderr)
         shutil.rmtree(folder)
-        build(source, size, name, folder)
+        build(source, how, name, folder)
         pixels = Pixels(folder)
     if broken := pixels.meta["unreadable"]:
         tqdm.write(f"{summary(name, broken, len(source))}; skipped", file=sys.stderr)
     return pixels
 
 
-def folder_of(source: Source, size: int, kind: str = "pixels") -> Path:
-    key = f"{VERSION} {size} pillow {PIL.__version__} {source.key()}"
+def folder_of(source: Source, how: PreprocessCfg, kind: str = "pixels") -> Path:
+    version = 3 if source.rendered else VERSION  # squares without a turn or transparency are as they were
+    key = f"{version} {how.size} {resizing(how)}pillow {PIL.__version__} {source.key()}"
     return cache_root() / kind / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:20]
+
+
+def resizing(how: PreprocessCfg) -> str:
+    """What of the preprocessing decides the pixels besides the size; nothing for what most models do."""
+    names = [] if how.resize_mode == "shortest" else [how.resize_mode]
+    names += ["bilinear"] if how.interpolation == "bilinear" else []
+    names += [f"on {how.fill_color}"] if how.resize_mode == "longest" else []
+    return "".join(f"{name} " for name in names)
 
 
 def open_complete(folder: Path) -> Pixels | None:
@@ -167,15 +188,15 @@ def gigabytes(size: int) -> str:
     return f"{size / 2**30:.1f} GB"
 
 
-def build(source: Source, size: int, name: str, folder: Path, pixels: bool = True) -> None:
-    make(folder, partial(write, source, size, name, pixels))
+def build(source: Source, how: PreprocessCfg, name: str, folder: Path, pixels: bool = True) -> None:
+    make(folder, partial(write, source, how, name, pixels))
 
 
-def write(source: Source, size: int, name: str, pixels: bool, folder: Path) -> None:
+def write(source: Source, how: PreprocessCfg, name: str, pixels: bool, folder: Path) -> None:
     """Decode everything into `folder`; without `pixels` only the shapes are written."""
     total, seen, length, broken = len(source), 0, 0, []
     arrays = Arrays(folder)
-    decode_numbers = partial(decode_chunk, source, size)
+    decode_numbers = partial(decode_chunk, source, how)
     for shapes, flat, problems in in_chunks(decode_numbers, total, f"pictures of {name}"):
         arrays.append(shapes=shapes, **({"pixels": flat} if pixels else {}))
         seen, length = seen + len(shapes), length + len(flat)
@@ -183,21 +204,23 @@ def write(source: Source, size: int, name: str, pixels: bool, folder: Path) -> N
         if len(broken) > LIMIT * total:
             of = f"{total}" if seen == total else f"the first {seen}"
             raise UserError(f"{summary(name, broken, of)}; more than the limit of {LIMIT:.0%}")
-    meta = {"source": source.key()[:1000], "size": size, "version": VERSION, "count": total}
+    meta = {"source": source.key()[:1000], "size": how.size, "version": VERSION, "count": total}
     arrays.finish(**meta, bytes=length, unreadable=broken)
 
 
-def decode(source: Source, size: int, index: int) -> tuple[np.ndarray, str | None]:
+def decode(source: Source, how: PreprocessCfg, index: int) -> tuple[np.ndarray, str | None]:
     """-> the picture, and what is wrong with it."""
     try:
-        return shrink(source.image(index), size), None
+        return shrink(source.image(index), how), None
     except UNREADABLE as error:
         return NOTHING, f"{source.name_of(index)}: {' '.join(str(error).split())}"
 
 
-def decode_chunk(source: Source, size: int, numbers: range) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def decode_chunk(
+    source: Source, how: PreprocessCfg, numbers: range
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """-> shapes (k, 2), all pixels in a row, and what is wrong with the pictures that cannot be read."""
-    decoded = [decode(source, size, index) for index in numbers]
+    decoded = [decode(source, how, index) for index in numbers]
     shapes = np.array([pixels.shape[:2] for pixels, _ in decoded], np.uint16)
     flat = np.concatenate([pixels.reshape(-1) for pixels, _ in decoded])
     return shapes, flat, [problem for _, problem in decoded if problem]

@@ -4,27 +4,33 @@ Errors keep a run from making sense; warnings are for the user to judge.
 """
 
 import hashlib
+import itertools
+import json
 import math
 import re
 import textwrap
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import open_clip
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from PIL import Image, ImageDraw
 
+from fomo.budget.mafs import architecture
+from fomo.clip import CONFIG_FILE, tag_config
 from fomo.datasets.arrays import in_chunks
 from fomo.datasets.cache import LIMIT, decode, folder_of, open_complete, open_pixels, summary
 from fomo.datasets.datafile import DataFile, Entry, read, splits_of
-from fomo.datasets.sources.base import UNREADABLE, Source, has_alpha, rgb, turn_of
+from fomo.datasets.remarks import Reader, of_classes, of_model, of_pictures, of_texts, reader_of
+from fomo.datasets.sources.base import UNREADABLE, Source, peculiarities
 from fomo.datasets.sources.webdataset import Shards
 from fomo.errors import UserError
 from fomo.recipe import Model
 from fomo.text import aligned
 
-WORDS = 77  # a caption of more words cannot fit CLIP's context, whatever the words
 COLUMNS, ROWS, TILE, TEXT = 6, 4, 128, 48  # of a contact sheet, in pictures and in pixels
 HEAD = ("dataset", "split", "pictures", "unreadable", "captions", "without", "concepts", "copies")
 
@@ -40,8 +46,7 @@ class Split:
     broken: list[str]
     captions: int  # all of them
     bare: int  # pictures without a caption
-    transparent: int
-    turned: int  # by their EXIF data
+    peculiar: Counter  # pictures by what open_clip does not see of them
     copies: int = 0  # test pictures that are also in what is trained on
 
     @property
@@ -73,9 +78,13 @@ class Findings:
         return "\n".join([table, *([""] if lines else []), *lines])
 
 
-def check(path: str | Path, plot: str | None = None) -> Findings:
-    """Open and decode everything that a data file names; `plot`: a folder for a contact sheet of each dataset."""
-    data, found = read(path), Findings()
+def check(path: str | Path, plot: str | None = None, model: Model | None = None) -> Findings:
+    """Open and decode everything that a data file names; `plot`: a folder for a contact sheet of each dataset.
+
+    model: whose tokenizer and context captions must fit; by default those of CLIP.
+    """
+    data, found, reader = read(path), Findings(), reader_of(model) if model else Reader()
+    found.warnings += of_model(data, reader)
     for entry, split in splits_of(data):
         try:
             source = entry.open(split)
@@ -86,7 +95,10 @@ def check(path: str | Path, plot: str | None = None) -> Findings:
         if source is not None:
             found.splits.append(scan(entry, split, source))
     for split in found.splits:
-        judge(split, data, found)
+        judge(split, data, found, reader)
+    for _, splits in itertools.groupby(found.splits, key=lambda split: split.entry.where):
+        (first, *_) = splits = list(splits)
+        found.warnings += of_classes(first.entry, [split.source for split in splits])
     compare(found)
     if plot:
         draw(found.splits, Path(plot))
@@ -95,35 +107,35 @@ def check(path: str | Path, plot: str | None = None) -> Findings:
 
 def scan(entry: Entry, split: str, source: Source) -> Split:
     """Decode every picture, in processes where there are many."""
-    hashes, broken, transparent, turned = [], [], 0, 0
-    for part, problems, alpha, turns in in_chunks(
+    hashes, broken, peculiar = [], [], Counter()
+    for part, problems, found in in_chunks(
         partial(hash_chunk, source), len(source), f"{entry.where} ({split})"
     ):
         hashes.append(part)
         broken += problems
-        transparent, turned = transparent + alpha, turned + turns
+        peculiar += found
     counts = source.caption_counts()
     captions, bare = int(counts.sum()), int((counts == 0).sum())
-    return Split(entry, split, source, np.concatenate(hashes), broken, captions, bare, transparent, turned)
+    return Split(entry, split, source, np.concatenate(hashes), broken, captions, bare, peculiar)
 
 
-def hash_chunk(source: Source, numbers: range) -> tuple[np.ndarray, list[str], int, int]:
-    """-> hashes of the pixels, what is wrong with broken pictures, how many are transparent, how many turned."""
-    hashes, problems, alpha, turns = np.zeros(len(numbers), np.uint64), [], 0, 0
+def hash_chunk(source: Source, numbers: range) -> tuple[np.ndarray, list[str], Counter]:
+    """-> hashes of the pixels, what is wrong with broken pictures, how many are peculiar and how."""
+    hashes, problems, peculiar = np.zeros(len(numbers), np.uint64), [], Counter()
     for place, index in enumerate(numbers):
         try:
             image = source.image(index)
-            upright = rgb(image)
+            pixels = image.convert("RGB")
+            peculiar.update(peculiarities(image))
         except UNREADABLE as error:
             problems.append(f"{source.name_of(index)}: {' '.join(str(error).split())}")
             continue
-        alpha, turns = alpha + has_alpha(image), turns + (turn_of(image) is not None)
-        digest = hashlib.blake2b(upright.tobytes(), digest_size=8, salt=repr(upright.size).encode()[:16])
+        digest = hashlib.blake2b(pixels.tobytes(), digest_size=8, salt=repr(pixels.size).encode()[:16])
         hashes[place] = max(int.from_bytes(digest.digest(), "little"), 1)
-    return hashes, problems, alpha, turns
+    return hashes, problems, peculiar
 
 
-def judge(split: Split, data: DataFile, found: Findings) -> None:
+def judge(split: Split, data: DataFile, found: Findings, reader: Reader) -> None:
     """What can be said of a split by itself."""
     source, total, warn = split.source, len(split.source), found.warnings
     warn += [f"{split.name}: {note}" for note in source.notes]
@@ -133,17 +145,7 @@ def judge(split: Split, data: DataFile, found: Findings) -> None:
             found.errors.append(f"{line}, the limit is {LIMIT:.0%}")
         else:
             warn.append(line)
-    deployed = (
-        "open_clip's own preprocessing of the deployed model does not, so do it before it sees such pictures"
-    )
-    if split.transparent:
-        warn.append(
-            f"{split.name}: {split.transparent} pictures are transparent, here put on white; {deployed}"
-        )
-    if split.turned:
-        warn.append(
-            f"{split.name}: {split.turned} pictures are turned by their EXIF orientation here; {deployed}"
-        )
+    warn += of_pictures(split.name, split.peculiar, total, source)
     if isinstance(source, Shards) and source.guessed is not None:
         for label in split.present.tolist():
             if source.classes[label] == f"class {label}":
@@ -155,14 +157,9 @@ def judge(split: Split, data: DataFile, found: Findings) -> None:
         warn.append(f"{split.name}: {unlabelled} of {total} pictures have no class")
     if split.entry.task == "classification" and split.split == "test" and not source.classes:
         found.errors.append(f"{split.name}: no class labels, say `task: retrieval`")
-    long = [text for i in range(total) for text in source.captions(i) if text.count(" ") >= WORDS]
-    if long:
-        what = (
-            f"captions are longer than a model reads, the longest {max(len(t.split()) for t in long)} words"
-        )
-        warn.append(f"{split.name}: {len(long)} {what}")
+    warn += of_texts(split.entry, split.split, source, range(total), reader)
     if data.image_size:
-        cache = folder_of(source, data.image_size)
+        cache = folder_of(source, PreprocessCfg(size=data.image_size))
         if cache.exists() and open_complete(cache) is None:
             warn.append(f"{split.name}: its pixel cache {cache} is not as it was written, delete it")
 
@@ -209,7 +206,7 @@ def sheet(source: Source) -> Image.Image:
     for place, index in enumerate(np.linspace(0, len(source) - 1, count).astype(int).tolist()):
         row, column = divmod(place, COLUMNS)
         left, top = column * TILE, row * (TILE + TEXT)
-        pixels, _ = decode(source, TILE, index)
+        pixels, _ = decode(source, PreprocessCfg(size=TILE), index)
         if pixels.size:
             picture = Image.fromarray(pixels)
             picture.thumbnail((TILE - 6, TILE - 6))
@@ -225,7 +222,7 @@ def sheet(source: Source) -> Image.Image:
 # --- data cache ---
 
 
-def fill_caches(path: str | Path, size: int) -> str:
+def fill_caches(path: str | Path, how: PreprocessCfg) -> str:
     """Make the cache of every split; -> a table of what is there."""
     data = read(path)
     if data.cache == "never":
@@ -235,7 +232,7 @@ def fill_caches(path: str | Path, size: int) -> str:
         if (source := entry.open(split)) is None:
             continue
         source.cache = "always"  # that is what the command is for
-        pixels = open_pixels(source, size, f"{entry.where} ({split})")
+        pixels = open_pixels(source, how, f"{entry.where} ({split})")
         megabytes = pixels.meta["bytes"] / 2**20
         rows.append(
             [entry.where, split, f"{len(source)} pictures", f"{megabytes:.1f} MB", str(pixels.folder)]
@@ -243,16 +240,21 @@ def fill_caches(path: str | Path, size: int) -> str:
     return aligned(rows, left=2) if rows else ""
 
 
-def side_of(path: str | Path, model: Model) -> int:
-    """The side that `update` would cache pictures at: the data file's image_size, else the model's.
+def as_cached(path: str | Path, model: Model, size: int | None = None) -> PreprocessCfg:
+    """How `update` would cache pictures: at `size`, else the data file's image_size, else the model's.
 
-    That is read from its configuration: nothing is loaded or downloaded.
+    All else is the model's, from its configuration: its weights are neither read nor fetched.
     """
-    if side := read(path).image_size:
-        return side
-    config = model.config or (open_clip.get_model_config(model.name) if model.name else None)
-    if config is None:
-        what = model.name or model.pretrained
-        raise UserError(f"{what}: the image size is not known before the model is loaded, say --size")
-    size = config["vision_cfg"].get("image_size", 224)
-    return size[0] if isinstance(size, (tuple, list)) else size
+    side = size or read(path).image_size or architecture(model)["vision_cfg"].get("image_size", 224)
+    return replace(preprocess_of(model), size=side[0] if isinstance(side, (tuple, list)) else side)
+
+
+def preprocess_of(model: Model) -> PreprocessCfg:
+    name = model.name or f"local-dir:{model.pretrained}"
+    schema, place = open_clip.factory.parse_model_name(name)
+    stored = tag_config(name, model.pretrained) if schema is None else {}
+    if schema == "hf-hub":
+        stored = open_clip.factory._get_hf_config(place).get("preprocess_cfg", {})
+    elif schema == "local-dir" and (file := Path(place) / CONFIG_FILE).is_file():
+        stored = json.loads(file.read_text()).get("preprocess_cfg", {})
+    return PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), stored))

@@ -63,7 +63,7 @@ def central_images(clip: Clip, pictures: list[np.ndarray], device: torch.device)
 def central_square(picture: np.ndarray) -> np.ndarray:
     height, width = picture.shape[:2]
     side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
+    top, left = round((height - side) / 2), round((width - side) / 2)  # halves to even, as torchvision
     return picture[top : top + side, left : left + side]
 
 

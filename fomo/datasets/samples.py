@@ -3,6 +3,7 @@
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -72,7 +73,7 @@ class Samples:
 
     def __init__(self, source: Source, clip: Clip, size: int, name: str):
         self.labels, self.weight = source.labels, source.weight
-        self.pixels: Pixels | Decoded = open_pixels(source, size, name)
+        self.pixels: Pixels | Decoded = open_pixels(source, replace(clip.preprocess, size=size), name)
         if len(source) > TOKENISED:
             self.captions = Runs(counts_of(source))
             self.tokens = TokensWhenAsked(source, self.captions, clip.tokenize)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from open_clip.transform import PreprocessCfg
 from PIL import Image
 
 from fomo.datasets.sources.base import Source
@@ -123,6 +124,8 @@ class Drawn(Source):
 
 class Words:
     """Stands for a Clip: token ids are numbers of words, or the numbers themselves; every text is noted."""
+
+    preprocess = PreprocessCfg()
 
     def __init__(self):
         self.words, self.seen = {}, []

@@ -3,12 +3,13 @@
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
 from PIL import Image
 
-from fomo.datasets.check import HEAD, check, side_of
+from fomo.datasets.check import HEAD, as_cached, check
 from fomo.errors import UserError
 from fomo.recipe import Model
 from tests.datasets.inputs import draw, encoded, noise, table
@@ -134,25 +135,30 @@ def test_empty_and_endless_captions_are_warnings(tmp_path, data):
     found = check(written(tmp_path, data))
     assert not found.errors
     assert "pretraining[0] (train): 1 of 2 pictures have no caption" in found.warnings
-    assert any(
-        "1 captions are longer than a model reads, the longest 3000 words" in w for w in found.warnings
-    )
+    (long,) = (warning for warning in found.warnings if "longer" in warning)
+    cut = "1 of 1 captions (100.0%) are longer than the 77 tokens that the model reads, the longest has "
+    assert long.startswith(f"pretraining[0] (train): {cut}")
 
 
 def test_transparent_and_turned_pictures_are_counted(tmp_path, data):
-    """open_clip's preprocessing, which sees the deployed model's pictures, neither flattens nor turns them."""
+    """open_clip's preprocessing neither flattens nor turns them; an alpha channel that hides nothing is none."""
     exif = Image.Exif()
     exif[0x0112] = 6
+    glass = noise(60).convert("RGBA")
+    glass.putpixel((3, 3), (0, 0, 0, 254))
     for name, image, options in (
-        ("a.png", noise(60).convert("RGBA"), {}),
-        ("b.png", noise(61).convert("LA"), {}),
+        ("a.png", glass, {}),
+        ("b.png", glass.convert("LA"), {}),
+        ("opaque.png", noise(61).convert("RGBA"), {}),
+        ("deep.png", Image.fromarray(np.full((8, 8), 40_000, np.uint16)), {}),
         ("c.png", noise(62).convert("P", palette=Image.Palette.ADAPTIVE, colors=4), {"transparency": 1}),
         ("d.jpg", noise(63), {"exif": exif}),
     ):
         image.save(tmp_path / "pets" / "train" / "cat" / name, **options)
-    transparent, turned = check(written(tmp_path, data)).warnings
-    assert transparent.startswith("adaptation.pets (train): 3 pictures are transparent")
-    assert turned.startswith("adaptation.pets (train): 1 pictures are turned by their EXIF")
+    turned, transparent, deep = check(written(tmp_path, data)).warnings
+    assert turned.startswith("adaptation.pets (train): 1 of 12 pictures carry an EXIF orientation")
+    assert transparent.startswith("adaptation.pets (train): 3 of 12 pictures are transparent")
+    assert deep.startswith("adaptation.pets (train): 1 of 12 pictures have 16 or 32 bits")
 
 
 def test_plot_draws_a_contact_sheet_of_each_dataset(tmp_path, data, cli):
@@ -189,6 +195,8 @@ def test_the_side_of_a_cache_is_the_models_where_the_file_says_none(tmp_path, da
     meta = next((tmp_path / "cache" / "pixels").glob("*/meta.json"))
     assert yaml.safe_load(meta.read_text())["size"] == 32
     file = written(tmp_path, data)
-    assert side_of(file, Model(name="ViT-L-14-336", pretrained="openai")) == 336
-    with pytest.raises(UserError, match="say --size"):
-        side_of(file, Model(pretrained="some/file.safetensors"))
+    assert as_cached(file, Model(name="ViT-L-14-336", pretrained="openai")).size == 336
+    squashing = as_cached(file, Model(name="ViT-B-16-SigLIP", pretrained="webli"), 64)
+    assert (squashing.size, squashing.resize_mode, squashing.mean) == (64, "squash", (0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match="no such file"):
+        as_cached(file, Model(pretrained="some/file.safetensors"))

@@ -8,6 +8,7 @@ import hashlib
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,6 @@ from fomo.datasets.arrays import Captions, Strings
 from fomo.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
-TURNS = {  # EXIF orientation -> what makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 UNREADABLE = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
 UNREADABLE += (EOFError, IndexError, OverflowError, struct.error, zlib.error)  # what damaged files also raise
 
@@ -46,6 +38,7 @@ class Source:
     notes: tuple[str, ...] = ()
     weight: float = 1.0  # in a pretraining pool: how often each picture counts
     cache: str = "auto"  # whether its pixels are cached, see cache.open_pixels
+    rendered = False  # drawn here: every picture is a square of plain RGB
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -84,7 +77,7 @@ class Part(Source):
     def __init__(self, source: Source, numbers: np.ndarray):
         self.whole, self.numbers = source, numbers
         self.classes, self.prompts, self.notes = source.classes, source.prompts, source.notes
-        self.weight, self.cache = source.weight, source.cache
+        self.weight, self.cache, self.rendered = source.weight, source.cache, source.rendered
         self.labels = source.labels[numbers]
 
     def image(self, index: int) -> Image.Image:
@@ -277,23 +270,11 @@ def same_names(classes: list[str]) -> tuple[str, ...]:
     return (f"two classes have the same name {classes[one]!r}, labels {one} and {other}{more}",)
 
 
-def rgb(image: Image.Image) -> Image.Image:
-    """Any mode, any EXIF orientation -> upright RGB."""
-    turn = turn_of(image)
-    image = image if turn is None else image.transpose(turn)
-    if has_alpha(image):
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode.startswith(("I", "F")):  # 16 and 32 bit
-        values = np.asarray(image, dtype=np.float64)
-        image = Image.fromarray((values / max(values.max(), 255) * 255).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What makes it upright, by its EXIF data; ImageOps.exif_transpose fails where those are damaged."""
-    return TURNS.get(image.getexif().get(0x0112))
-
-
-def has_alpha(image: Image.Image) -> bool:
-    return image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info)
+def peculiarities(image: Image.Image) -> Iterator[str]:
+    """What its pixels do not show to open_clip, which reads a picture by PIL's `convert("RGB")` and no more."""
+    if image.getexif().get(0x0112) in range(2, 9):  # the EXIF orientation
+        yield "turned"
+    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        yield "transparent"
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bits
+        yield "deep"

@@ -602,6 +602,7 @@ class World(Source):
     )
     wrong_captions: Share = 0.0  # share of the pictures that have the caption of another one
     split_field = "per_concept"
+    rendered = True
 
     def __post_init__(self):
         domains = [d for d in ALL_DOMAINS if self.domain in (d.name, d.kind)]

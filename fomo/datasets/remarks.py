@@ -1,0 +1,176 @@
+"""What a line should say before anything is trained: what a model will not get of the data, or cannot tell apart.
+
+`data check` says it of everything; a dry run and the start of an update look at LOOKED pictures of each split, of
+which only the headers are read.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import open_clip
+
+from fomo.architectures import NOT_TENSORS
+from fomo.budget.mafs import architecture
+from fomo.datasets.datafile import SPLITS, DataFile, Entry
+from fomo.datasets.sources.base import UNREADABLE, Source, peculiarities
+from fomo.datasets.stream import plain
+from fomo.recipe import Model
+
+LOOKED = 1000
+LONGEST = 16  # contexts up to which a caption's tokens are counted
+CODE = re.compile(r"((class|cls|label|category|cat|id)[\s_-]*)?\d+|[a-z][\s_-]?\d{4,}", re.IGNORECASE)
+PICTURES = {
+    "turned": "carry an EXIF orientation, by which open_clip turns nothing, so nothing is turned here; to turn "
+    "the files: mogrify -auto-orient",
+    "transparent": "are transparent, and open_clip shows what lies below, often black; to put them on white: "
+    "mogrify -background white -alpha remove -alpha off",
+    "deep": "have 16 or 32 bits a channel, of which open_clip makes white all above 255; to scale them: "
+    "mogrify -depth 8",
+}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The model that the data is for; without arguments any CLIP."""
+
+    config: dict = field(default_factory=dict)  # open_clip's model_cfg
+    tokenizer: Callable | None = field(default_factory=open_clip.SimpleTokenizer)  # None: it is not here
+
+
+def reader_of(model: Model) -> Reader:
+    """Of a recipe's model. No weights are read; what the hub has may be fetched."""
+    config = architecture(model)
+    text = config["text_cfg"]
+    context = text.get("context_length", 77)
+    folder = model.name is None and model.pretrained and Path(model.pretrained).is_dir()
+    name = f"local-dir:{model.pretrained}" if folder else model.name
+    try:
+        if name:
+            tokenizer = open_clip.get_tokenizer(name)
+        elif "hf_tokenizer_name" in text:
+            tokenizer = open_clip.HFTokenizer(text["hf_tokenizer_name"], context_length=context)
+        else:
+            tokenizer = open_clip.SimpleTokenizer(context_length=context)
+    except (*NOT_TENSORS, ImportError):
+        tokenizer = None
+    return Reader(config, tokenizer)
+
+
+def glance(data: DataFile, reader: Reader) -> list[str]:
+    """All remarks on a data file, from a part of every split."""
+    lines = of_model(data, reader)
+    for entry in (*data.pretraining, *data.adaptation.values(), *data.evaluation.values()):
+        opened = {split: entry.open(split) for split in SPLITS[entry.role]}
+        sources = {split: source for split, source in opened.items() if source is not None}
+        for split, source in sources.items():
+            numbers = np.unique(
+                np.linspace(0, len(source) - 1, min(LOOKED, len(source))).astype(int)
+            ).tolist()
+            lines += of_pictures(f"{entry.where} ({split})", counted(source, numbers), len(numbers), source)
+            lines += of_texts(entry, split, source, numbers, reader)
+        lines += of_classes(entry, list(sources.values()))
+    return lines
+
+
+def of_model(data: DataFile, reader: Reader) -> list[str]:
+    lines, side = [], reader.config.get("vision_cfg", {}).get("image_size", 224)
+    if reader.config and data.image_size not in (None, side):
+        what = f"{data.image_size} is the side of cached pictures, the model still sees {side} and not more"
+        remedy = "pictures are resized twice, so scores differ from the deployed model's: leave it out"
+        lines.append(f"{data.path}: image_size: {what}; {remedy}")
+    if "multimodal_cfg" in reader.config:
+        what = "its picture and text towers are trained, its captioner is not and no longer fits them"
+        lines.append(f"the model is a CoCa: {what}: use the update for features, not to write captions")
+    if reader.tokenizer is None:
+        name = reader.config["text_cfg"].get("hf_tokenizer_name", "its own")
+        lines.append(f"the tokenizer {name} cannot be had here, so nobody knows how many captions it cuts")
+    return lines
+
+
+def counted(source: Source, numbers: Iterable[int]) -> Counter:
+    """How many of the pictures are what, by the keys of PICTURES."""
+    found: Counter = Counter()
+    for index in () if source.rendered else numbers:
+        try:
+            with source.image(index) as image:
+                found.update(peculiarities(image))
+        except UNREADABLE:
+            pass  # counted where pictures are decoded
+    return found
+
+
+def of_pictures(name: str, found: Counter, looked: int, source: Source) -> list[str]:
+    of = looked_at(looked, len(source))
+    return [f"{name}: {found[kind]} of {of}pictures {text}" for kind, text in PICTURES.items() if found[kind]]
+
+
+def looked_at(looked: int, total: int) -> str:
+    return f"{looked} " if looked == total else f"{looked} looked at among {total} "
+
+
+def of_texts(entry: Entry, split: str, source: Source, numbers: Sequence[int], reader: Reader) -> list[str]:
+    """On the captions of pictures. Of a test set that is scored by class names there are none."""
+    retrieval = entry.task == "retrieval" or not source.classes
+    if split == "test" and not retrieval:
+        return []
+    name, lines = f"{entry.where} ({split})", []
+    texts = [source.captions(index) for index in numbers]
+    count = sum(map(len, texts))
+    of = f"{count} captions" + (
+        "" if len(numbers) == len(source) else f" of {len(numbers)} pictures looked at"
+    )
+    if lengths := lengths_of_cut([text for own in texts for text in own], reader):
+        context, share = reader.tokenizer.context_length, len(lengths) / count
+        what = f"are longer than the {context} tokens that the model reads, the longest has {max(lengths)}"
+        remedy = "the rest is cut off: shorten them, or put first what matters"
+        lines.append(f"{name}: {len(lengths)} of {of} ({share:.1%}) {what}; {remedy}")
+    owners = Counter(text for own in texts for text in set(own))
+    if retrieval and (shared := {text: n for text, n in owners.items() if n > 1}):
+        first = next(iter(shared))[:60]
+        what = f"belong to several pictures, of which only one counts as right, first: {first!r}"
+        lines.append(f"{name}: {sum(shared.values())} of {of} {what}; make them differ, or say classes")
+    return lines
+
+
+def lengths_of_cut(texts: list[str], reader: Reader) -> list[int]:
+    """How many tokens the texts have that do not fit the model's context."""
+    if reader.tokenizer is None:
+        return []
+    context, lengths = reader.tokenizer.context_length, []
+    texts = [
+        text for text in texts if len(text.encode("utf-8", "replace")) > context - 2
+    ]  # a token is a byte or more
+    for start in range(0, len(texts), LOOKED):
+        rows = reader.tokenizer(texts[start : start + LOOKED], context_length=LONGEST * context)
+        used = rows != rows[:, -1:]  # what stands at the very end is padding
+        places = np.arange(1, rows.shape[1] + 1)
+        lengths += (used.numpy() * places).max(1).tolist()
+    return [length for length in lengths if length > context]
+
+
+def of_classes(entry: Entry, sources: list[Source]) -> list[str]:
+    """On the class names of a dataset, which all its splits share."""
+    names = sources[0].classes if sources else []
+    lines, of = [], f"of {len(names)} class names"
+    if codes := [name for name in names if CODE.fullmatch(name)]:
+        remedy = (
+            "a text tower knows words: rename the folders or values, or write a classes.txt beside shards"
+        )
+        lines.append(f"{len(codes)} {of} are codes or numbers, first: {codes[0]!r}; {remedy}")
+    alike = Counter(map(plain, set(names)))
+    if twins := [name for name in names if alike[plain(name)] > 1]:
+        what = f"differ from another only in case or underscores, first: {twins[0]!r}"
+        lines.append(f"{len(twins)} {of} {what}; make one class of them, or name what differs")
+    if entry.role != "pretraining" and entry.task == "classification" and names:
+        present = {label for source in sources for label in np.unique(source.labels).tolist()}
+        empty = [name for label, name in enumerate(names) if label not in present]
+        if empty and not sources[0].rendered:
+            what = f"have no picture, first: {empty[0]!r}"
+            lines.append(f"{len(empty)} {of} {what}; each is a wrong answer more: list what there is")
+        if len(names) == 1:
+            lines.append("there is one class only, so every answer is right; add the classes it is told from")
+    return [f"{entry.where}: {line}" for line in lines]
