@@ -53,7 +53,7 @@ def test_what_is_wrong_with_class_names(tmp_path):
     for i in range(3):
         draw(tmp_path / "one" / "cat" / f"{i}.png", noise(i))
     pets, one = ({**FOLDER, "train": name} for name in ("pets", "one"))
-    codes, twins, single = lines(written(tmp_path, adaptation={"pets": pets, "one": one}))
+    single, codes, twins = lines(written(tmp_path, adaptation={"pets": pets, "one": one}))
     assert codes.startswith("adaptation.pets: 1 of 4 class names are codes or numbers, first: 'n02099601'; ")
     assert twins.startswith("adaptation.pets: 2 of 4 class names differ from another only in case")
     assert single.startswith("adaptation.one: there is one class only")
