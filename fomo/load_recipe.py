@@ -209,20 +209,22 @@ def with_defaults(values: dict, defaults: dict) -> dict:
     method = values.get("method", {"name": "finetune"})
     build_method(method)  # its own checks
     left_open = [key for key in defaults if key in accepted_fields(method) and key not in method]
-    optimizer, inner = {**values.get("optimizer", {})}, innermost(method)
+    optimizer = {**values.get("optimizer", {})}
     if optimizer.get("lr") is None:
         size = convert(optimizer.get("batch_size", Optimizer.batch_size), Count, "optimizer.batch_size")
-        optimizer["lr"] = scaled(by_method(inner, defaults["lr"]), size, defaults["tuned_at"])
-    decay = by_method(inner, defaults["weight_decay"])
+        optimizer["lr"] = scaled(by_method(method, defaults["lr"]), size, defaults["tuned_at"])
+    decay = by_method(method, defaults["weight_decay"])
     if "weight_decay" not in optimizer and decay is not None:
         optimizer["weight_decay"] = decay
     return {**values, "method": method | {key: defaults[key] for key in left_open}, "optimizer": optimizer}
 
 
 def by_method(method: dict, table: dict) -> float | None:
-    """`lora-64` or `locked-text` before `lora` or `locked`; finetune's for a method that is not listed."""
-    name = method["name"]
-    known = (f"{name}-{method.get('rank', method.get('tower'))}", name, "finetune")
+    """`lora-64` or `locked-text` before `lora` or `locked`, `merge` where a merge finetunes; finetune's for a method
+    that is not listed."""
+    inner = innermost(method)
+    name = "merge" if inner["name"] == "finetune" and method["name"] == "merge" else inner["name"]
+    known = (f"{name}-{inner.get('rank', inner.get('tower'))}", name, "finetune")
     return next((table[name] for name in known if name in table), None)
 
 
