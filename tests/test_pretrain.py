@@ -14,8 +14,8 @@ from fomo.eval.zero_shot import evaluate_data
 from fomo.load_recipe import load
 from fomo.pretrain import own_model, starting_model, stored_hash
 
-SHIPPED = ("tiny", "tiny-narrow", "tiny-wide")
 BASES = ROOT / "recipes" / "bases"
+SHIPPED = sorted(path.stem for path in BASES.glob("*.safetensors"))
 
 
 @pytest.fixture
