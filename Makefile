@@ -16,7 +16,7 @@ help: ## print this list
 
 install: $(VENV)/installed ## create .venv and install what running needs
 
-update: $(VENV)/installed ## the main job: a tiny CLIP lives through its updates, about 5 minutes on 2 CPU cores
+update: $(VENV)/installed ## the main job: a tiny CLIP lives through its updates, 2 minutes on 2 CPU cores once installed
 	$(PY) fomo.py update --recipe recipes/merge.yaml --resume
 
 test: $(VENV)/installed-dev ## the whole test suite
