@@ -1,55 +1,250 @@
-"""Which of open_clip's architectures a file of weights belongs to, by the names and shapes of its tensors."""
+"""Which model is meant: by open_clip's name, by what a checkpoint says of itself, or by its tensors' shapes.
 
-import pickle
+Architectures with equal tensors may compute other features (QuickGELU or not) or want other pictures (mean, size,
+how they are resized). Where more than one fits, nothing is guessed.
+"""
+
+import difflib
+import functools
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
 
 import open_clip
 import torch
-from safetensors import SafetensorError
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.tokenizer import HFTokenizer
+from torch import Tensor, nn
 
+from fomo.checkpoint_files import NOT_TENSORS, Checkpoint, is_weight, note, open_checkpoint, with_defaults
 from fomo.errors import UserError, one_line
+from fomo.schema import differences
 
-# What reading a file that is no checkpoint, or a failed download, may raise.
-NOT_TENSORS = (
-    RuntimeError,
-    ValueError,
-    OSError,
-    EOFError,
-    KeyError,
-    AttributeError,
-    StopIteration,
-    SafetensorError,
-)
-NOT_TENSORS += (pickle.UnpicklingError,)
+HUB, LOCAL = "hf-hub:", "local-dir:"
 
 
-def architecture_of(checkpoint: str) -> str:
-    """The open_clip architecture whose tensors have the names and shapes of a checkpoint's."""
+def locate(name: str | None, pretrained: str | None) -> tuple[str | None, Path | None]:
+    """-> (open_clip's NAME, NAME/TAG or hf-hub:..., if said; a file or directory, if it is no download).
+
+    pretrained: a tag, a file, a directory, or TAG/FILE: with the activation and the preprocessing of the tag.
+    """
+    label = "/".join(filter(None, (name, pretrained)))
+    if name and pretrained and name.startswith((HUB, LOCAL)):
+        raise UserError(f"model.pretrained: got {pretrained}, accepted: none, {name} has weights of its own")
+    if name is None or name.startswith(LOCAL):
+        path = Path((name or pretrained).removeprefix(LOCAL))
+        if not path.exists():
+            raise UserError(
+                f"model {label}: no such file or directory; an open_clip model is written NAME/TAG"
+            )
+        return None, path
+    if name.startswith(HUB):
+        return name, None
+    base, _, rest = label.partition("/")
+    if base not in open_clip.list_models():
+        near = ", ".join(difflib.get_close_matches(base, open_clip.list_models(), n=3))
+        problem = f"no such file or directory, and {base} is no name that open_clip knows"
+        raise UserError(f"model {label}: {problem}{near and f', nearest: {near}'}")
+    tag, _, file = rest.partition("/")
+    if open_clip.get_pretrained_cfg(base, tag):
+        base = f"{base}/{tag}"
+    else:
+        tag, file = "", rest
+    if (file and not Path(file).exists()) or not (file or tag):
+        tags = open_clip.list_pretrained_tags_by_model(base)
+        shown = difflib.get_close_matches(rest, tags, n=3) or tags[:3]
+        problem = f"unknown weights {rest!r}, no tag and no file" if rest else "say which weights"
+        accepted = f"{base}/FILE" + (
+            f" or {base}/TAG, of {len(tags)} tags: {', '.join(shown)}" if tags else ""
+        )
+        raise UserError(f"model {label}: {problem}, accepted: {accepted}")
+    return base, Path(file) if file else None
+
+
+def configuration(name: str | None, pretrained: str | None) -> dict:
+    """The content of a model's open_clip_config.json; no weights are fetched, and those of a file fit it."""
+    named, path = locate(name, pretrained)
+    if path:
+        checkpoint = open_checkpoint(path)
+        config = config_of(named, checkpoint)
+        with torch.device("meta"):
+            by_names_of(build(config["model_cfg"], f"model {path}"), checkpoint)
+        return config
+    if not named.startswith(HUB):
+        return tag_config(named)
     try:
-        shapes = {n: tuple(t.shape) for n, t in open_clip.factory.load_state_dict(checkpoint).items()}
+        return {"model_cfg": open_clip.get_model_config(named)}
     except NOT_TENSORS as error:
-        raise UserError(f"model {checkpoint}: not a file of tensors: {one_line(error)}") from None
+        raise UserError(f"model {named}: its configuration cannot be had: {one_line(error)}") from None
+
+
+def config_of(name: str | None, checkpoint: Checkpoint) -> dict:
+    """As NAME says, else as the checkpoint does, else as the shapes of its tensors allow."""
+    label = f"model {checkpoint.label}"
+    if name is None and checkpoint.config:
+        return square(checkpoint.config, label)
+    names = [name] if name else names_that_fit(frozenset(shapes_of(checkpoint).items()))
+    if not names:
+        problem = f"fits no architecture of open_clip by its tensors (the first is {next(iter(checkpoint))})"
+        raise UserError(
+            f"{label}: {problem}; name it as NAME/FILE, or put its open_clip_config.json beside it"
+        )
+    choices = distinct({said: config for each in names for said, config in published(each).items()})
+    if len(choices) > 1:
+        one, *others = choices.values()
+        fields = ", ".join(dict.fromkeys(field for other in others for field in differences(one, other)))
+        problem = f"may be {', '.join(choices)}, which have equal tensors and differ in {fields}"
+        raise UserError(f"{label}: {problem}: say which as NAME/FILE, or with --set model.name=NAME")
+    found, config = next(iter(choices.items()))
+    if name is None:
+        note(f"{label}: taken as {found}, which alone its tensors fit")
+    elif checkpoint.config and (fields := differences(checkpoint.config, config)):
+        note(f"{label}: taken as {found}, as said; its own configuration differs in {', '.join(fields)}")
+    return square(config, label)
+
+
+def tag_config(name: str) -> dict:
+    """Of NAME/TAG; of NAME with open_clip's default preprocessing."""
+    base, _, tag = name.partition("/")
+    config, known = open_clip.get_model_config(base), open_clip.get_pretrained_cfg(base, tag) or {}
+    if known.get("quick_gelu"):
+        config["quick_gelu"] = True
+    return {"model_cfg": config, "preprocess_cfg": with_defaults(known)}
+
+
+def published(name: str) -> dict[str, dict]:
+    """What open_clip's NAME or NAME/TAG may be: a NAME has each preprocessing of the tags that it fits."""
+    plain = tag_config(name)
+    tags = [] if "/" in name else open_clip.list_pretrained_tags_by_model(name)
+    tagged = {f"{name}/{tag}": tag_config(f"{name}/{tag}") for tag in tags}
+    choices = distinct({said: c for said, c in tagged.items() if c["model_cfg"] == plain["model_cfg"]})
+    return choices if len(choices) > 1 else {name: next(iter(choices.values()), plain)}
+
+
+def distinct(choices: Mapping[str, dict]) -> dict[str, dict]:
+    """The first of each that are equal."""
+    found: dict[str, dict] = {}
+    for said, config in choices.items():
+        if config not in found.values():
+            found[said] = config
+    return found
+
+
+def square(config: dict, label: str) -> dict:
+    """The configuration, if its pictures are square."""
+    size = config["model_cfg"]["vision_cfg"].get("image_size", 224)
+    if isinstance(size, list | tuple) and len(set(size)) > 1:
+        raise UserError(f"{label}: its pictures are {' x '.join(map(str, size))}, accepted: square ones")
+    return config
+
+
+# --- by shapes -------------------------------------------------------------------------------------------
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if is_weight(name, tensor)}
+
+
+@functools.cache
+def names_that_fit(shapes: frozenset) -> list[str]:
+    """open_clip's architectures whose weights have these names and shapes."""
+    found = []
     for name in open_clip.list_models():
-        if plausible(open_clip.get_model_config(name), shapes):
-            config = open_clip.get_model_config(name)
-            kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+        config = open_clip.get_model_config(name)
+        if plausible(config, dict(shapes)):
             with torch.device("meta"):
-                model = kind(**config)
-            if {n: tuple(t.shape) for n, t in model.state_dict().items()} == shapes:
-                return name
-    raise UserError(
-        f"model {checkpoint}: fits no architecture of open_clip; name it with --set model.name=NAME"
-    )
+                model = build(config, f"model {name}")
+            if shapes_of(model.state_dict()) == dict(shapes):
+                found.append(name)
+    return found
 
 
-def plausible(config: dict, shapes: dict) -> bool:
-    """A cheap test before an architecture is built: plain ViT or ResNet towers, same text width and depth."""
+def plausible(config: dict, shapes: Mapping[str, tuple]) -> bool:
+    """A cheap test before an architecture is built: kind of vision tower, and the text's width and depth."""
     text, vision = config["text_cfg"], config["vision_cfg"]
-    positional = shapes.get("positional_embedding", shapes.get("text.positional_embedding", (0, 0)))
-    if "timm_model_name" in vision or "hf_model_name" in text or "multimodal_cfg" in config:
+    if "hf_model_name" in text:
+        return False  # cannot be built without a file from the hub
+    prefix = "text." if "text.token_embedding.weight" in shapes else ""
+    depth = sum(name.startswith(f"{prefix}transformer.") and name.endswith("ln_1.weight") for name in shapes)
+    tokens = shapes.get(f"{prefix}token_embedding.weight")
+    if tokens != (text.get("vocab_size", 49408), text["width"]) or depth != text["layers"]:
         return False
-    depth = sum(n.endswith("ln_1.weight") and not n.startswith("visual.") for n in shapes)
+    if "timm_model_name" in vision:
+        return any(name.startswith("visual.trunk.") for name in shapes)
     conv = shapes.get("visual.conv1.weight", (0,))
-    same_vision = isinstance(vision["layers"], list) or (
-        conv[0] == vision["width"] and conv[-1] == vision["patch_size"]
-    )
-    return same_vision and positional[-1] == text["width"] and depth == text["layers"]
+    return isinstance(vision["layers"], list) or conv[::3] == (vision["width"], vision["patch_size"])
+
+
+# --- models ----------------------------------------------------------------------------------------------
+
+
+def build(model_cfg: dict, label: str) -> nn.Module:
+    """open_clip's model of a model_cfg, with random weights. label: begins an error's message."""
+    config = deepcopy(model_cfg)
+    try:
+        text, vision = config["text_cfg"], config["vision_cfg"]
+        custom = config.pop("custom_text", False) or "hf_model_name" in text
+        if "hf_model_name" in text:
+            import transformers  # noqa: F401  open_clip builds it with this, if it is installed
+
+            text["hf_model_pretrained"] = False
+        if "timm_model_name" in vision:
+            vision["timm_model_pretrained"] = False
+        kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
+        return kind(**config) if custom else open_clip.CLIP(**config)
+    except ImportError as error:
+        raise needs_transformers(label, error) from None
+    except (*NOT_TENSORS, ArithmeticError) as error:
+        raise UserError(f"{label}: open_clip makes no model of its model_cfg: {one_line(error)}") from None
+
+
+def needs_transformers(label: str, error: ImportError) -> UserError:
+    """Of a text tower or tokenizer that open_clip takes from Hugging Face."""
+    return UserError(f"{label}: {one_line(error)}: pip install -r requirements-hf.txt")
+
+
+def tokenizer_of(config: dict, folder: Path | None, label: str) -> object:
+    """folder: the model's, in which the files of a Hugging Face tokenizer may be; else they are the hub's."""
+    text = config["model_cfg"]["text_cfg"]
+    options = {"context_length": text.get("context_length", 77), **text.get("tokenizer_kwargs", {})}
+    name = text.get("hf_tokenizer_name")
+    if not name:
+        return open_clip.SimpleTokenizer(**options)
+    source = str(folder) if folder and any(folder.glob("tokenizer*")) else name
+    try:
+        return HFTokenizer(source, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    except ImportError as error:
+        raise needs_transformers(label, error) from None
+    except NOT_TENSORS as error:
+        raise UserError(f"{label}: its tokenizer {source} cannot be had: {one_line(error)}") from None
+
+
+def by_names_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The checkpoint's tensors under the model's names, if its weights are the model's."""
+    tensors, state = convert_state_dict(model, dict(checkpoint)), model.state_dict()  # Apple's own MobileCLIP
+    if hasattr(model, "text"):  # saved by CLIP, where the text tower is the model itself
+        tensors = convert_to_custom_text_state_dict(tensors)
+    wanted, found = shapes_of(state), shapes_of(tensors)
+    wrong = [f"{name} is missing" for name in wanted if name not in found]
+    wrong += [f"{name} is unknown to it" for name in found if name not in wanted]
+    for name in wanted.keys() & found.keys():
+        if found[name] != wanted[name] and not {found[name], wanted[name]} <= {(), (1,)}:  # a logit scale
+            wrong.append(f"{name} is {found[name]}, not {wanted[name]}")
+    if wrong:
+        more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""
+        problem = f"its tensors are not this architecture's: {'; '.join(wrong[:2])}{more}"
+        raise UserError(f"model {checkpoint.label}: {problem}")
+    return tensors
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Into the model; buffers that only one of both has, or of another size, stay as the model makes them."""
+    tensors, state = by_names_of(model, checkpoint), model.state_dict()
+    fitting = [name for name in state if name in tensors and tensors[name].numel() == state[name].numel()]
+    for name in fitting:
+        state[name].copy_(tensors[name].reshape(state[name].shape))
+    if odd := sorted((tensors.keys() | state.keys()) - set(fitting)):
+        note(
+            f"model {checkpoint.label}: buffers passed over, which not every version has: {', '.join(odd[:3])}"
+        )

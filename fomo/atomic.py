@@ -96,14 +96,17 @@ def sync(path: Path) -> None:
 # --- tensors ---
 
 
-def write_tensors(tensors: Mapping, path: Path) -> None:
-    """Named tensors as a safetensors file."""
+def write_tensors(tensors: Mapping, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Named tensors as a safetensors file. metadata: one text, as safetensors writes several in any order."""
     from safetensors.torch import save_file  # brings torch, which writing a report does not need
 
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with staged(path) as staging:
-        save_file(plain, staging, metadata={"format": "pt"})
+        staging.touch()
+        mode = staging.stat().st_mode  # as the umask has it; save_file's is 0600
+        save_file(plain, staging, metadata=metadata or {"format": "pt"})
+        staging.chmod(mode)
 
 
 class OnDisk(Mapping):
@@ -113,6 +116,7 @@ class OnDisk(Mapping):
         self.path = path
         with safe_open(path, "pt") as file:
             self.names = list(file.keys())
+            self.metadata: dict[str, str] = file.metadata() or {}
 
     def __getitem__(self, name: str):
         if name not in self.names:

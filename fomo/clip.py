@@ -3,9 +3,7 @@
 Shapes: B pairs in a batch, L tokens of text, S image side, D embedding width.
 """
 
-import difflib
 import json
-import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +16,19 @@ from open_clip.transform import PreprocessCfg
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from fomo.architectures import NOT_TENSORS, architecture_of
-from fomo.atomic import write_tensors
+from fomo.architectures import (
+    HUB,
+    build,
+    config_of,
+    load_weights,
+    locate,
+    needs_transformers,
+    square,
+    tag_config,
+    tokenizer_of,
+)
+from fomo.checkpoint_files import CONFIG_FILE, NOT_TENSORS, WEIGHTS_FILE, open_checkpoint, write_checkpoint
 from fomo.errors import UserError, one_line
-
-CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 
 
 class Features(NamedTuple):
@@ -137,48 +143,49 @@ def contrastive_loss(features: Features) -> Tensor:
 def load(name: str | None, pretrained: str | None) -> Clip:
     """Load a model by open_clip's name and tag, a checkpoint file, or a directory that open_clip or we wrote.
 
-    A checkpoint file without `name` is matched to open_clip's architectures by the shapes of its tensors.
+    What architecture a file has: architectures.config_of.
     """
-    if pretrained and Path(pretrained).is_dir():
-        name, pretrained = f"local-dir:{pretrained}", None
-    if pretrained and os.sep in pretrained and not Path(pretrained).exists():
-        raise UserError(f"model {pretrained}: no such file or directory")
-    if name is None:
-        if not Path(pretrained).is_file():
-            raise UserError(f"model {pretrained}: no such file; an open_clip model is written NAME/TAG")
-        name = architecture_of(pretrained)
-    schema, identifier = open_clip.factory.parse_model_name(name)
-    if schema == "local-dir" and not (Path(identifier) / CONFIG_FILE).is_file():
-        raise UserError(f"model {identifier}: no {CONFIG_FILE} in this directory")
-    if schema is None:
-        check_name(name, pretrained)
+    named, path = locate(name, pretrained)
+    if path is None:
+        return download(named)
+    checkpoint = open_checkpoint(path)
+    clip = assemble(config_of(named, checkpoint), checkpoint.folder, f"model {path}")
+    load_weights(clip.model, checkpoint)
+    return clip
+
+
+def download(name: str) -> Clip:
+    """open_clip's NAME/TAG, or hf-hub:..."""
+    hub = name.startswith(HUB)
+    base, _, tag = (name, "", "") if hub else name.partition("/")
     try:
+        config = {"model_cfg": open_clip.get_model_config(name)} if hub else tag_config(name)
+        tokenizer = open_clip.get_tokenizer(base)  # first: it may be what is missing
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # quick-gelu hints: tag_config handles them
-            quick_gelu = bool(tag_config(name, pretrained).get("quick_gelu"))
-            config = {"model_cfg": dict(open_clip.get_model_config(name))}
-            if quick_gelu:
-                config["model_cfg"]["quick_gelu"] = True
+            quick = bool(config["model_cfg"].get("quick_gelu"))
             model = open_clip.create_model(
-                name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=True
+                base, pretrained=tag or None, force_quick_gelu=quick, require_pretrained=True
             )
-            tokenizer = open_clip.get_tokenizer(name)
+    except ImportError as error:
+        raise needs_transformers(f"model {name}", error) from None
     except NOT_TENSORS as error:
-        what = f"{name}/{pretrained}" if pretrained else name
-        raise UserError(f"model {what}: cannot be loaded: {one_line(error)}") from None
-    return finish(model, config, tokenizer)
+        raise UserError(f"model {name}: cannot be loaded: {one_line(error)}") from None
+    return finish(model, square(config, f"model {name}"), tokenizer)
 
 
 def new(config: dict, seed: int) -> Clip:
     """A model with random weights from open_clip's model_cfg, the same for the same seed."""
     torch.manual_seed(seed)
-    try:
-        model = open_clip.CLIP(**config)
-    except (*NOT_TENSORS, TypeError, AssertionError, ZeroDivisionError) as error:
-        raise UserError(f"model.config: open_clip makes no CLIP of it: {one_line(error)}") from None
-    open_clip.model.set_model_preprocess_cfg(model, asdict(PreprocessCfg(size=model.visual.image_size)))
-    tokenizer = open_clip.SimpleTokenizer(context_length=config["text_cfg"].get("context_length", 77))
-    return finish(model, {"model_cfg": config}, tokenizer)
+    return assemble({"model_cfg": config, "preprocess_cfg": {}}, None, "model.config")
+
+
+def assemble(config: dict, folder: Path | None, label: str) -> Clip:
+    """With random weights, of the content of open_clip_config.json. folder: where its tokenizer may be."""
+    model = build(config["model_cfg"], label)
+    pictures = {**asdict(PreprocessCfg(size=model.visual.image_size)), **config["preprocess_cfg"]}
+    open_clip.model.set_model_preprocess_cfg(model, pictures)
+    return finish(model, {"model_cfg": config["model_cfg"]}, tokenizer_of(config, folder, label))
 
 
 def finish(model: nn.Module, config: dict, tokenizer: object) -> Clip:
@@ -187,25 +194,9 @@ def finish(model: nn.Module, config: dict, tokenizer: object) -> Clip:
     return Clip(model, config, tokenizer)
 
 
-def tag_config(name: str, pretrained: str | None) -> dict:
-    known = pretrained and open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained)
-    return known or {}
-
-
-def check_name(name: str, pretrained: str | None) -> None:
-    if name not in open_clip.list_models():
-        near = difflib.get_close_matches(name, open_clip.list_models(), n=3)
-        hint = f", nearest: {', '.join(near)}" if near else ""
-        raise UserError(f"model {name}: not a file, a directory or a name that open_clip knows{hint}")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if not pretrained or not (pretrained in tags or Path(pretrained).is_file()):
-        got = f"unknown weights {pretrained!r}" if pretrained else "say which weights"
-        raise UserError(f"model {name}: {got}, accepted: {name}/TAG with TAG one of {', '.join(tags)}")
-
-
 def save(clip: Clip, directory: Path) -> None:
     """Write what open_clip opens as "local-dir:DIRECTORY" and hubs accept as it is."""
-    write_tensors(clip.model.state_dict(), directory / WEIGHTS_FILE)
+    write_checkpoint(clip.model.state_dict(), directory / WEIGHTS_FILE, clip.config)
     (directory / CONFIG_FILE).write_text(json.dumps(clip.config, indent=2) + "\n")
     if hasattr(clip.tokenizer, "save_pretrained"):
         clip.tokenizer.save_pretrained(directory)

@@ -4,6 +4,7 @@ A mistake is one line that names the layer it is in and the field.
 """
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -152,15 +153,17 @@ def command_line(model: str | None, data: str | None, seed: int | None, override
         values["seed"] = seed
     if data is not None:
         values["data"] = str(Path(data).resolve())
-    if model is not None:
-        values["model"] = split_model(model)
-    return checked_sections(values, "command line")
+    checked_sections(values, "command line")
+    if model is not None:  # below --set model.name=NAME, which says what a file is
+        values["model"] = {**split_model(model), **values.get("model", {})}
+    return values
 
 
 def split_model(text: str) -> dict:
     """--model NAME/TAG or a path -> the `model` section."""
     if Path(text).exists() or text.startswith((".", "/", "~")):
-        return {"pretrained": str(Path(text).expanduser().resolve())}
+        # A link stays one: what lies beside it says what the model is.
+        return {"pretrained": os.path.abspath(Path(text).expanduser())}
     if text.startswith(("hf-hub:", "local-dir:")):
         return {"name": text}
     name, _, tag = text.partition("/")
@@ -220,8 +223,7 @@ def with_defaults(values: dict, defaults: dict) -> dict:
 
 
 def by_method(method: dict, table: dict) -> float | None:
-    """`lora-64` or `locked-text` before `lora` or `locked`, `merge` where a merge finetunes; finetune's for a method
-    that is not listed."""
+    """`lora-64` or `locked-text` before `lora` or `locked`, `merge` where a merge finetunes, else finetune's."""
     inner = innermost(method)
     name = "merge" if inner["name"] == "finetune" and method["name"] == "merge" else inner["name"]
     known = (f"{name}-{inner.get('rank', inner.get('tower'))}", name, "finetune")

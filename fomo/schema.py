@@ -37,6 +37,18 @@ def nearest(found: Any, accepted: typing.Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
+def differences(before: dict, now: dict, where: str = "") -> list[str]:
+    """The dotted names of the fields that differ."""
+    found = []
+    for key in {**now, **before}:
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            found.append(f"{where}{key}")
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Range:
     """What numbers a field accepts: Annotated[float, Range(0, 1)]."""

@@ -1,28 +1,26 @@
 """What a recipe would take, before anything is written: steps, hours, memory, disk."""
 
 import time
-from pathlib import Path
 
-import open_clip
 import torch
-from open_clip.factory import _find_checkpoint_in_dir
 
+from fomo.architectures import configuration
 from fomo.budget.flops_memory import parameter_count
 from fomo.budget.mafs import Work, architecture, planned_steps, work_of
-from fomo.clip import check_name
 from fomo.datasets import datafile
 from fomo.datasets.remarks import glance, reader_of
 from fomo.datasets.stream import concepts_of
 from fomo.devices import Precision, pick_device
-from fomo.errors import UserError
-from fomo.recipe import Model, Recipe
+from fomo.recipe import Recipe
 
 USED = 0.4  # of the matrix rate that training reaches: a guess until the run has timed itself
 
 
 def dry_run(recipe: Recipe, device: str) -> str:
-    """Needs the data file and the model's architecture; no weights; of pictures only the headers."""
-    check_weights(recipe.model)
+    """Needs the data file and the model's architecture; no weights are fetched; of pictures only the headers."""
+    model = recipe.model
+    if model.name or model.pretrained:  # there are weights, and those of a file fit
+        configuration(model.name, model.pretrained)
     place = pick_device(device, recipe.threads)
     data = datafile.read(recipe.data)
     concepts, sizes = concepts_of(data)
@@ -46,18 +44,6 @@ def dry_run(recipe: Recipe, device: str) -> str:
         lines.append(f"{data.path}: without a pretraining pool {costs}; to add one: {entry}")
     lines += [f"warning: {line}" for line in glance(data, reader_of(recipe.model))]
     return "\n".join(lines)
-
-
-def check_weights(model: Model) -> None:
-    """That there are any: open_clip has the tag, or there is a file. They are not read, or fetched."""
-    if model.name is None and model.pretrained is None:
-        return  # the scale's own model is trained when it is needed
-    name = model.name or f"local-dir:{model.pretrained}"
-    schema, place = open_clip.factory.parse_model_name(name)
-    if schema is None:
-        check_name(name, model.pretrained)
-    elif schema == "local-dir" and Path(place).is_dir() and _find_checkpoint_in_dir(Path(place)) is None:
-        raise UserError(f"model {place}: no file of weights in this directory")
 
 
 def training_lines(recipe: Recipe, work: Work, updates: int, scored: int, rate: float) -> list[str]:

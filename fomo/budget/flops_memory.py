@@ -17,10 +17,8 @@ full context. Memory is what live tensors take, as on a CUDA device in mixed pre
 import warnings
 import weakref
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from dataclasses import dataclass
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,9 +32,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from fomo.architectures import build
 from fomo.clip import encode, text_tower
 from fomo.devices import Precision
-from fomo.errors import UserError, one_line
+from fomo.errors import UserError
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Method
 from fomo.methods.merge import Merge
@@ -130,16 +129,9 @@ def two_updates(
 
 def new_model(config: dict) -> nn.Module:
     """open_clip's model of a model_cfg, without weights."""
-    config = deepcopy(config)
     if "multimodal_cfg" in config:
         raise UserError("model: CoCa has a decoder and another loss, it is not trained here")
-    custom = config.pop("custom_text", False)
-    if "hf_model_name" in config["text_cfg"]:
-        custom, config["text_cfg"]["hf_model_pretrained"] = True, False
-    try:
-        return open_clip.CustomTextCLIP(**config) if custom else open_clip.CLIP(**config)
-    except OSError as error:  # a text tower's own configuration, from the hub
-        raise UserError(f"model: cannot be built: {one_line(error)}") from None
+    return build(config, "model")
 
 
 def parameter_count(config: dict) -> int:

@@ -14,17 +14,15 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import open_clip
 import torch
 from tqdm import tqdm
 
-from fomo.architectures import NOT_TENSORS, architecture_of
+from fomo.architectures import configuration
 from fomo.atomic import cache_root, make
 from fomo.budget.flops_memory import VERSION, Counted, Training, count, measure
-from fomo.clip import CONFIG_FILE, tag_config
 from fomo.datasets.mixture import sub_batches
 from fomo.errors import FieldError, UserError, one_line
 from fomo.load_recipe import ROOT, load
@@ -118,23 +116,10 @@ def training_of(recipe: Recipe) -> Training:
 
 
 def architecture(model: Model) -> dict:
-    """open_clip's model_cfg of a recipe's model. Weights are not read, but those of a file without a name."""
-    if model.config:
-        return model.config
-    name = model.name or f"local-dir:{model.pretrained}"
-    if model.name is None and not Path(model.pretrained).is_dir():
-        if not Path(model.pretrained).is_file():
-            raise UserError(f"model {model.pretrained}: no such file; an open_clip model is written NAME/TAG")
-        name = architecture_of(model.pretrained)
-    try:
-        config = open_clip.get_model_config(name)
-    except NOT_TENSORS as error:
-        raise UserError(f"model {name}: its {CONFIG_FILE} cannot be had: {one_line(error)}") from None
-    if config is None:
-        one_of("model.name", name, tuple(open_clip.list_models()))
-    if tag_config(name, model.pretrained).get("quick_gelu"):
-        config["quick_gelu"] = True
-    return config
+    """open_clip's model_cfg of a recipe's model; what a name costs is known without weights."""
+    if model.name in open_clip.list_models() and not model.pretrained:
+        return open_clip.get_model_config(model.name)
+    return model.config or configuration(model.name, model.pretrained)["model_cfg"]
 
 
 def counted_once(training: Training) -> Counted:

@@ -23,14 +23,14 @@ from typing import IO
 import torch
 import yaml
 
-from fomo.architectures import NOT_TENSORS
-from fomo.atomic import OnDisk, recovered, rename, staged, staged_folder, write_atomically, write_tensors
+from fomo.atomic import OnDisk, recovered, rename, staged, staged_folder, write_atomically
+from fomo.checkpoint_files import read_torch_file, write_checkpoint
 from fomo.clip import Clip, save
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import Interrupted, UserError, one_line
 from fomo.recipe import Recipe, dump
 from fomo.runs.logs import append_line, read_lines
-from fomo.schema import read_yaml
+from fomo.schema import differences, read_yaml
 
 FORMAT = 1  # of a run folder: raised when an older fomo could not go on with it
 KEPT_CHECKPOINTS = 2
@@ -208,7 +208,7 @@ class Run:
         if not self.ranks.first:
             return
         target = self.folder / "weights" / f"update_{self.position.update:03d}.safetensors"
-        write_tensors(clip.model.state_dict(), target)
+        write_checkpoint(clip.model.state_dict(), target, clip.config)
         if keep is not None:
             for kept in (target.parent, self.folder / "state"):
                 for old in kept_updates(kept)[1:-keep]:  # the original stays
@@ -264,18 +264,6 @@ def same_recipe(path: Path, recipe: Recipe) -> None:
         raise UserError(f"{path}: the run began with another recipe, differing: {', '.join(differing)}")
 
 
-def differences(before: dict, now: dict, where: str = "") -> list[str]:
-    """The dotted names of the fields that differ."""
-    found = []
-    for key in {**now, **before}:
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{where}{key}.")
-        elif a != b:
-            found.append(f"{where}{key}")
-    return found
-
-
 def checkpoints(state: Path) -> list[Path]:
     """Oldest first; those that only keep an update for `continue` are not among them."""
     return sorted(state.glob("[0-9]*-*.pt"))
@@ -295,10 +283,7 @@ def read_checkpoint(path: Path) -> dict | None:
     """None if its bytes are not those that were written."""
     if file_hash(path) != path.stem.split("-")[1]:
         return None
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except NOT_TENSORS as error:
-        raise UserError(f"{path}: not a checkpoint of a run: {one_line(error)}") from None
+    checkpoint = read_torch_file(path)
     if checkpoint["format"] > FORMAT:
         found = f"format {checkpoint['format']} of a newer fomo"
         raise UserError(f"{path}: {found}, accepted: up to {FORMAT}")
