@@ -61,11 +61,13 @@ def reader_of(model: Model) -> Reader:
 
 
 def glance(data: DataFile, reader: Reader) -> list[str]:
-    """All remarks on a data file, from a part of every split."""
+    """All remarks on a data file, from a part of every split; none on what is rendered here."""
     lines = of_model(data, reader)
     for entry in (*data.pretraining, *data.adaptation.values(), *data.evaluation.values()):
         opened = {split: entry.open(split) for split in SPLITS[entry.role]}
-        sources = {split: source for split, source in opened.items() if source is not None}
+        sources = {
+            split: source for split, source in opened.items() if source is not None and not source.rendered
+        }
         for split, source in sources.items():
             numbers = np.unique(
                 np.linspace(0, len(source) - 1, min(LOOKED, len(source))).astype(int)
@@ -94,7 +96,7 @@ def of_model(data: DataFile, reader: Reader) -> list[str]:
 def counted(source: Source, numbers: Iterable[int]) -> Counter:
     """How many of the pictures are what, by the keys of PICTURES."""
     found: Counter = Counter()
-    for index in () if source.rendered else numbers:
+    for index in numbers:
         try:
             with source.image(index) as image:
                 found.update(peculiarities(image))
