@@ -261,8 +261,8 @@ same share of the way from the untouched model to the joint run. Intervals are 9
 holds if all of its inequalities do. *Opposite*: the world contradicts one of them. *Right direction, below the
 margin*: none is contradicted or open, but one is shown more weakly than the margin asks. *Not applicable*: it
 speaks of a trade-off that these runs do not have, since the joint run keeps more than the untouched model. What
-each word means exactly is said in `fomo/guide/inequalities.py`. A seed varies the stream, the base model and
-the pictures of the rendered world. With one seed every claim is undecided."""
+each word means exactly is said in `fomo/guide/inequalities.py`. A seed varies the stream, its
+batches and the pictures of the rendered world. With one seed every claim is undecided."""
 
 
 def markdown(rows: list[list[str]]) -> str:

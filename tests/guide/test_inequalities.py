@@ -100,7 +100,7 @@ def test_what_cannot_be_read_is_named_with_its_column(text, problem):
 
 @pytest.mark.parametrize(
     "moment, value",
-    [("end", 7), ("area", 5.25), ("first", 3), ("early", 14 / 3), ("start", 1), ("swing", 4)],
+    [("end", 7), ("area", 5.25), ("first", 3), ("early", 5.5), ("start", 1), ("swing", 4)],
 )
 def test_moments_by_hand(moment, value):
     runs = {"a": {0: {"ka": np.array([1.0, 3, 8, 3, 7])}}}
