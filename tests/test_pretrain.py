@@ -100,3 +100,9 @@ def test_a_shipped_model_has_the_scores_that_are_recorded(scale):
     found = evaluate_data(starting_model(recipe.model, CPU), recipe.data, CPU)
     assert found.ka == pytest.approx(recorded["ka"], abs=0.2)  # other processors round otherwise
     assert found.zs == pytest.approx(recorded["zs"], abs=0.2)
+
+
+def test_the_tiny_model_knows_what_the_papers_does_before_it_learns():
+    """The paper's ViT-B-16 starts at about 40 / 70: much to learn, and much to lose."""
+    recorded = json.loads((BASES / "tiny.json").read_text())["scores"]
+    assert 35 < recorded["ka"] < 50 and 65 < recorded["zs"] < 85
