@@ -5,7 +5,6 @@ Errors keep a run from making sense; warnings are for the user to judge.
 
 import hashlib
 import itertools
-import json
 import math
 import re
 import textwrap
@@ -19,8 +18,8 @@ import open_clip
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from PIL import Image, ImageDraw
 
+from fomo.architectures import HUB, configuration
 from fomo.budget.mafs import architecture
-from fomo.clip import CONFIG_FILE, tag_config
 from fomo.datasets.arrays import in_chunks
 from fomo.datasets.cache import LIMIT, decode, folder_of, open_complete, open_pixels, summary
 from fomo.datasets.datafile import DataFile, Entry, read, splits_of
@@ -250,11 +249,9 @@ def as_cached(path: str | Path, model: Model, size: int | None = None) -> Prepro
 
 
 def preprocess_of(model: Model) -> PreprocessCfg:
-    name = model.name or f"local-dir:{model.pretrained}"
-    schema, place = open_clip.factory.parse_model_name(name)
-    stored = tag_config(name, model.pretrained) if schema is None else {}
-    if schema == "hf-hub":
-        stored = open_clip.factory._get_hf_config(place).get("preprocess_cfg", {})
-    elif schema == "local-dir" and (file := Path(place) / CONFIG_FILE).is_file():
-        stored = json.loads(file.read_text()).get("preprocess_cfg", {})
+    if not (model.name or model.pretrained):
+        return PreprocessCfg()
+    stored = configuration(model.name, model.pretrained).get("preprocess_cfg", {})
+    if (model.name or "").startswith(HUB):
+        stored = open_clip.factory._get_hf_config(model.name.removeprefix(HUB)).get("preprocess_cfg", {})
     return PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), stored))

@@ -8,9 +8,9 @@
 
 Metrics: ka, zs, gm, and line, the distance of the end from the straight line between the untouched model and
 the study's variant `joint` in the KA-ZS plane (points, positive on the side where more is kept and learned).
-Moments: end (the default), area (mean over what was scored after updates), first (after the first), early (mean of
-the first EARLY scores, 2: at tiny after updates 1 and 4; the best of many would be raised by noise alone), start, swing
-(mean step from one score to the next, either way); and spread, of the ends of several variants.
+Moments: end (the default), area (mean over what was scored after updates), first (after the first), early (mean
+of the first EARLY scores, 2: at tiny after updates 1 and 4; the best of many would be raised by noise alone),
+start, swing (mean step from one score to the next, either way); and spread, of the ends of several variants.
 
 Margins are points of the paper. Its trade-off has another size than that of a run, so a margin becomes a share:
 

@@ -608,7 +608,9 @@ class World(Source):
         domains = [d for d in ALL_DOMAINS if self.domain in (d.name, d.kind)]
         self.members = [(d, concept) for d in domains for concept in d.concepts]  # by label
         if self.domain in POOLS:
-            self.classes = [d.noun.format(concept) for d, concept in self.members]
+            self.classes = [
+                d.noun.format(concept) + " in a scene" * bool(d.others) for d, concept in self.members
+            ]
             self.prompts = ("a picture of the {}.",)
         else:
             self.classes = [concept for _, concept in self.members]
