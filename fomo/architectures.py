@@ -17,9 +17,10 @@ from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
-from fomo.checkpoint_files import NOT_TENSORS, Checkpoint, is_weight, note, open_checkpoint, with_defaults
+from fomo.checkpoint_files import NOT_TENSORS, Checkpoint, note, open_checkpoint, with_defaults
 from fomo.errors import UserError, one_line
 from fomo.schema import differences
+from fomo.weights import is_constant
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
 
@@ -143,7 +144,7 @@ def square(config: dict, label: str) -> dict:
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if is_weight(name, tensor)}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items() if not is_constant(name, tensor)}
 
 
 @functools.cache

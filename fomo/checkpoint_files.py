@@ -64,11 +64,6 @@ class Checkpoint(Mapping):
         return len(self.names)
 
 
-def is_weight(name: str, tensor: Tensor) -> bool:
-    """Not position_ids, a counter or a causal mask: buffers that not every version of a model stores."""
-    return tensor.is_floating_point() and not name.endswith("attn_mask")
-
-
 @functools.cache
 def note(line: str) -> None:
     """Say once, on standard error, what was guessed or left out."""

@@ -16,7 +16,6 @@ from fomo.checkpoint_files import (
     SUFFIXES,
     WEIGHTS_FILE,
     Checkpoint,
-    is_weight,
     note,
     open_checkpoint,
     write_checkpoint,
@@ -52,7 +51,7 @@ def make_alike(models: Sequence[Checkpoint]) -> None:
     odd = {
         name
         for name in set.union(*names) - set.intersection(*names)
-        if not any(name in model and is_weight(name, model[name]) for model in models)
+        if all(name not in model or weights.is_constant(name, model[name]) for model in models)
     }
     if odd:
         note(f"merge: buffers that not all models have are left out: {', '.join(sorted(odd)[:3])}")

@@ -32,6 +32,7 @@ from fomo.train import train
 VERSION = 2  # of this procedure: raised when the same settings would give another model
 TOKENS = "token_embedding.weight"
 ROWS = "token_embedding.rows"  # int64, in a stored model: which rows of TOKENS it holds
+REMEDY = "restore it from the repository, or make it again with `fomo.py pretrain --scale SCALE -o FILE`"
 
 
 def starting_model(model: Model, device: torch.device) -> Clip:
@@ -98,9 +99,6 @@ def stored_hash(model: Model) -> str | None:
     if found != record["sha256"]:
         raise UserError(f"{path}: not the file that {path.stem}.json describes; {REMEDY}")
     return found if record["settings"] == settings_of(model) else None
-
-
-REMEDY = "restore it from the repository, or make it again with `fomo.py pretrain --scale SCALE -o FILE`"
 
 
 def unpacked(model: Model) -> Clip:

@@ -62,8 +62,9 @@ def merged_tensors(rule: "Rule", stack: "Stack", plan: Any) -> Named:
         yield name, merged.to(kind.dtype)
 
 
-def is_constant(name: str, kind: "Kind") -> bool:
-    """Counts and ids, and the text's causal mask that some files have: −∞ less −∞ would be NaN."""
+def is_constant(name: str, kind: "Kind | Tensor") -> bool:
+    """Counts and ids, and the text's causal mask that some files have: buffers that not every version of a model
+    stores, and that no rule merges (of masks, −∞ less −∞ would be NaN)."""
     return not kind.dtype.is_floating_point or name.endswith("attn_mask")
 
 

@@ -63,11 +63,10 @@ def reader_of(model: Model) -> Reader:
 def glance(data: DataFile, reader: Reader) -> list[str]:
     """All remarks on a data file, from a part of every split; none on what is rendered here."""
     lines = of_model(data, reader)
-    for entry in (*data.pretraining, *data.adaptation.values(), *data.evaluation.values()):
+    entries = (*data.pretraining, *data.adaptation.values(), *data.evaluation.values())
+    for entry in (entry for entry in entries if not entry.source.rendered):
         opened = {split: entry.open(split) for split in SPLITS[entry.role]}
-        sources = {
-            split: source for split, source in opened.items() if source is not None and not source.rendered
-        }
+        sources = {split: source for split, source in opened.items() if source is not None}
         for split, source in sources.items():
             numbers = np.unique(
                 np.linspace(0, len(source) - 1, min(LOOKED, len(source))).astype(int)

@@ -266,12 +266,12 @@ def base_models(runs: list[Job]) -> list[Job]:
     """A job for each base model that has to be pretrained, so that two runs do not both train it."""
     from fomo.pretrain import cached, stored_hash
 
-    models = {}
-    for run in runs:
-        model = run.recipe.model
-        if model.pretraining and not stored_hash(model) and not cached(model).exists():
-            models[cached(model)] = Job(run.recipe)
-    return list(models.values())
+    models = {
+        cached(run.recipe.model): Job(run.recipe)
+        for run in runs
+        if run.recipe.model.pretraining and not stored_hash(run.recipe.model)
+    }
+    return [job for folder, job in models.items() if not folder.exists()]
 
 
 # --- the command -----------------------------------------------------------------------------------------
