@@ -49,7 +49,12 @@ def shared_options(*names):
         "model": click.option(
             "--model", metavar="NAME/TAG|PATH", help="Start from this model, not the scale's."
         ),
-        "data": click.option("--data", metavar="FILE", help="A data file, instead of the scale's."),
+        "data": click.option(
+            "--data", metavar="FILE|DIR", help="A data file, a folder, a table or a shard; else the scale's."
+        ),
+        "one_class": click.option(
+            "--one-class", is_flag=True, help="Accept a folder with a single class, whose score says nothing."
+        ),
         "device": click.option(
             "--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto", show_default=True
         ),
@@ -80,7 +85,7 @@ def cli():
 @click.option("--out", metavar="DIR", help="The run folder; by default runs/RECIPE-SCALE-seedN or runs/DATA.")
 @click.option("--resume", is_flag=True, help="Go on where the run folder stands.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
-@shared_options("model", "data", "scale", "set", "seed", "device", "workers")
+@shared_options("one_class", "model", "data", "scale", "set", "seed", "device", "workers")
 def update(path, dry_run, device, workers, **options):
     """Take a model through every update of a recipe and evaluate it after each.
 
@@ -89,7 +94,6 @@ def update(path, dry_run, device, workers, **options):
     from fomo.distributed import process_group
     from fomo.runs.lineage import start_run
 
-    path = path or Path(__file__).parent / "recipes" / "guide.yaml"
     with process_group(device) as ranks:
         recipe, folder = ranks.broadcast_object(lambda: start_run(path, dry_run=dry_run, **options))
         if dry_run:
@@ -112,14 +116,14 @@ def run_and_report(recipe, folder, ranks, **how):
 @click.argument("run", metavar="RUN")
 @click.option("--data", required=True, metavar="FILE|DIR", help="What the next update teaches.")
 @click.option("--out", metavar="DIR", help="The child's run folder; by default beside RUN, as RUN-updateN.")
-@shared_options("device", "workers")
-def go_on(run, data, out, device, workers):
+@shared_options("one_class", "device", "workers")
+def go_on(run, data, out, one_class, device, workers):
     """The next update of a finished run, as a child run: its buffer is all that earlier updates taught."""
     from fomo.distributed import process_group
     from fomo.runs.lineage import continue_run
 
     with process_group(device) as ranks:
-        recipe, folder = ranks.broadcast_object(lambda: continue_run(Path(run), data, out))
+        recipe, folder = ranks.broadcast_object(lambda: continue_run(Path(run), data, out, one_class))
         run_and_report(recipe, folder, ranks, resume=True, device=device, workers=workers)
 
 
@@ -158,14 +162,16 @@ def diff(run, a, b):
 @shared_options("model", "data", "scale", "set", "seed", "device")
 def eval(as_json, device, **options):
     """Score a model on every test set of a data file."""
+    from fomo.datasets.infer import given
     from fomo.devices import pick_device
     from fomo.eval.zero_shot import evaluate_data
     from fomo.load_recipe import load
     from fomo.pretrain import starting_model
 
-    recipe = load(None, **options)
-    place = pick_device(device, recipe.threads)
-    scores = evaluate_data(starting_model(recipe.model, place), recipe.data, place)
+    with given(options.pop("data")) as data:
+        recipe = load(None, data=data, **options)
+        place = pick_device(device, recipe.threads)
+        scores = evaluate_data(starting_model(recipe.model, place), recipe.data, place)
     print(scores.as_json() if as_json else scores.as_text())
 
 
@@ -207,9 +213,11 @@ def pretrain(out, device, **options):
 def merge(rule, base, models, out, settings, dtype, sweep, data, device):
     """Merge checkpoints, oldest first; a two-model rule takes OLD NEW, and `keep` is the share of OLD."""
     from fomo import merge_files
+    from fomo.datasets.infer import given
 
     if sweep:
-        print(merge_files.sweep(rule, settings, sweep, base, models, data, Path(out), device))
+        with given(data) as file:
+            print(merge_files.sweep(rule, settings, sweep, base, models, file, Path(out), device))
     else:
         print(merge_files.merge(rule, settings, base, models, Path(out), dtype))
 
@@ -224,17 +232,18 @@ def merge(rule, base, models, out, settings, dtype, sweep, data, device):
 @shared_options("data", "model", "scale", "set", "seed", "device")
 def stream(plot, out, device, order, updates, per_dataset, reverse, **options):
     """Show the stream of a data file: what each update would learn, in which order."""
+    from fomo.datasets.infer import given
     from fomo.devices import pick_device
     from fomo.load_recipe import load
     from fomo.pretrain import starting_model
     from fomo.report.previews import preview_stream, stream_section
 
-    recipe = load(None, **options)
-    how = stream_section(recipe.stream, order, updates, reverse, per_dataset)
-    place = pick_device(device, recipe.threads)
-    print(
-        preview_stream(recipe, how, lambda: starting_model(recipe.model, place), place, out=out, picture=plot)
-    )
+    with given(options.pop("data")) as data:
+        recipe = load(None, data=data, **options)
+        how = stream_section(recipe.stream, order, updates, reverse, per_dataset)
+        place = pick_device(device, recipe.threads)
+        model = lambda: starting_model(recipe.model, place)  # noqa: E731  only some orders need it
+        print(preview_stream(recipe, how, model, place, out=out, picture=plot))
 
 
 @cli.command()
@@ -329,22 +338,24 @@ def list_datasets(root):
 
 
 @data.command("check")
-@click.argument("path", metavar="FILE")
+@click.argument("path", metavar="FILE|DIR")
 @click.option("--plot", metavar="DIR", help="Draw a contact sheet of each dataset there.")
 @click.option("--model", metavar="NAME/TAG|PATH", help="Whose captions they must fit; by default any CLIP's.")
 def check_data(path, plot, model):
     """Open everything that a data file names; exit 2 where something would keep a run from making sense."""
     from fomo.datasets.check import check
+    from fomo.datasets.infer import given
     from fomo.load_recipe import load
 
-    found = check(path, plot, load(None, data=path, model=model).model if model else None)
+    with given(path) as file:
+        found = check(file, plot, load(None, data=file, model=model).model if model else None)
     print(found.text())
     if found.errors:
         raise UserError(f"{path}: {len(found.errors)} errors, first: {found.errors[0]}")
 
 
 @data.command("cache")
-@click.argument("path", metavar="FILE")
+@click.argument("path", metavar="FILE|DIR")
 @click.option(
     "--size", type=click.IntRange(min=1), help="Side in pixels; by default the file's or the scale's."
 )
@@ -352,9 +363,11 @@ def check_data(path, plot, model):
 def cache_data(path, size, **options):
     """Decode and resize every picture of a data file once, in parallel; `update` would do it on first use."""
     from fomo.datasets.check import as_cached, fill_caches
+    from fomo.datasets.infer import given
     from fomo.load_recipe import load
 
-    print(fill_caches(path, as_cached(path, load(None, data=path, **options).model, size)))
+    with given(path) as file:
+        print(fill_caches(file, as_cached(file, load(None, data=file, **options).model, size)))
 
 
 if __name__ == "__main__":

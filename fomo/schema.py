@@ -187,8 +187,7 @@ def endless(values: Any) -> bool:
 
 
 def locate(path: str, beside: Path) -> str:
-    """Expand variables; a relative path is relative to the file that says it."""
+    """~ is the home directory; a relative path is relative to the file that says it."""
     if "\0" in path:
         raise UserError(f"{beside}: {path!r} is no path, a null character stands in it")
-    expanded = os.path.expanduser(os.path.expandvars(path))
-    return str((beside.parent / expanded).resolve())
+    return str((beside.parent / os.path.expanduser(path)).resolve())

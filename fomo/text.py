@@ -1,4 +1,4 @@
-"""Tables for a terminal."""
+"""Texts for a terminal."""
 
 
 def aligned(rows: list[list[str]], left: int = 1) -> str:
@@ -12,3 +12,14 @@ def aligned(rows: list[list[str]], left: int = 1) -> str:
         for row in rows
     )
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def many(count: int, noun: str) -> str:
+    """1 picture, 2,000 pictures, 2 classes."""
+    plural = noun if count == 1 else noun + ("es" if noun.endswith(("s", "ch", "x")) else "s")
+    return f"{count:,} {plural}"
+
+
+def shortened(names: list[str]) -> str:
+    """The first three of a list."""
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)

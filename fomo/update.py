@@ -18,6 +18,7 @@ from fomo.datasets.pools import Pools, open_pools
 from fomo.datasets.remarks import Reader, glance
 from fomo.datasets.samples import Batch
 from fomo.datasets.stream import composition
+from fomo.datasets.understood import opened_and_said
 from fomo.devices import Precision, machine, peak_memory, pick_device
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import Interrupted
@@ -29,6 +30,7 @@ from fomo.recipe import Recipe, Temperature
 from fomo.runs.folder import Run
 from fomo.runs.step_log import StepLog, Timed
 from fomo.schedules import learning_rate
+from fomo.text import many
 from fomo.train import Step, on_device, train
 
 CHECKPOINT_SECONDS = 300  # between checkpoints within an update
@@ -44,18 +46,27 @@ def run_recipe(
     try:
         if run.position.finished:
             return
+        data, opened = datafile.read(recipe.data), []
+        begins = ranks.broadcast_object(lambda: not run.scored)
+        if begins:
+            ranks.broadcast_object(lambda: opened.extend(opened_and_said(data)))
         with ranks.in_turn():  # the first pretrains a base model that is not there yet
             # A run that has begun has its model with it: all weights are in the checkpoint.
             begun = checkpoint is not None and run.model.exists()
             clip = load(None, str(run.model)) if begun else starting_model(recipe.model, place)
-        data = datafile.read(recipe.data)
-        if ranks.first and not checkpoint:
-            for line in glance(data, Reader(clip.config["model_cfg"], clip.tokenizer)):
+        if begins and ranks.first:
+            own = not (recipe.model.name or recipe.model.pretrained)
+            reader = Reader(clip.config["model_cfg"], clip.tokenizer, own)
+            for line in glance(data, reader, opened):
                 tqdm.write(f"warning: {line}", file=sys.stderr)
         trainer = Trainer(recipe, clip, run, place, workers)
         run.begin(recipe, datafile.content(data), trainer.pools.record(), trainer.constants(), checkpoint)
         if checkpoint:
             trainer.restore(checkpoint)
+        if begins and ranks.first and run.position.steps:
+            updates, steps = run.position.updates - run.position.update, run.position.steps
+            plan = f"{many(updates, 'update')} of {many(steps, 'step')}"
+            tqdm.write(f"{plan}, each of {recipe.optimizer.batch_size} pairs", file=sys.stderr)
         trainer.run_updates()
     finally:
         run.close()

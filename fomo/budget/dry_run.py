@@ -10,6 +10,7 @@ from fomo.budget.mafs import Work, architecture, planned_steps, work_of
 from fomo.datasets import datafile
 from fomo.datasets.remarks import glance, reader_of
 from fomo.datasets.stream import concepts_of
+from fomo.datasets.understood import opened_and_said
 from fomo.devices import Precision, pick_device
 from fomo.recipe import Recipe
 
@@ -23,6 +24,7 @@ def dry_run(recipe: Recipe, device: str) -> str:
         configuration(model.name, model.pretrained)
     place = pick_device(device, recipe.threads)
     data = datafile.read(recipe.data)
+    opened = opened_and_said(data)
     concepts, sizes = concepts_of(data)
     entries = [*data.adaptation.values(), *data.evaluation.values()]
     tests = [source for entry in entries if (source := entry.open("test")) is not None]
@@ -42,7 +44,7 @@ def dry_run(recipe: Recipe, device: str) -> str:
         costs = "nothing that the model knew before is replayed, so it forgets more (docs/life.md)"
         entry = "pretraining: [{source: webdataset, path: 'cc3m/{0000..0019}.tar'}]"
         lines.append(f"{data.path}: without a pretraining pool {costs}; to add one: {entry}")
-    lines += [f"warning: {line}" for line in glance(data, reader_of(recipe.model))]
+    lines += [f"warning: {line}" for line in glance(data, reader_of(recipe.model), opened)]
     return "\n".join(lines)
 
 

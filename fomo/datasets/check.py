@@ -26,6 +26,7 @@ from fomo.datasets.datafile import DataFile, Entry, read, splits_of
 from fomo.datasets.remarks import Reader, of_classes, of_model, of_pictures, of_texts, reader_of
 from fomo.datasets.sources.base import UNREADABLE, Source, peculiarities
 from fomo.datasets.sources.webdataset import Shards
+from fomo.datasets.understood import problems, say
 from fomo.errors import UserError
 from fomo.recipe import Model
 from fomo.text import aligned
@@ -95,9 +96,13 @@ def check(path: str | Path, plot: str | None = None, model: Model | None = None)
             found.splits.append(scan(entry, split, source))
     for split in found.splits:
         judge(split, data, found, reader)
+    opened = []
     for _, splits in itertools.groupby(found.splits, key=lambda split: split.entry.where):
         (first, *_) = splits = list(splits)
-        found.warnings += of_classes(first.entry, [split.source for split in splits])
+        opened.append((first.entry, {split.split: split.source for split in splits}))
+        found.warnings += of_classes(*opened[-1])
+    say(data, opened)
+    found.errors += problems(opened)
     compare(found)
     if plot:
         draw(found.splits, Path(plot))
@@ -107,11 +112,11 @@ def check(path: str | Path, plot: str | None = None, model: Model | None = None)
 def scan(entry: Entry, split: str, source: Source) -> Split:
     """Decode every picture, in processes where there are many."""
     hashes, broken, peculiar = [], [], Counter()
-    for part, problems, found in in_chunks(
+    for part, unread, found in in_chunks(
         partial(hash_chunk, source), len(source), f"{entry.where} ({split})"
     ):
         hashes.append(part)
-        broken += problems
+        broken += unread
         peculiar += found
     counts = source.caption_counts()
     captions, bare = int(counts.sum()), int((counts == 0).sum())
@@ -164,7 +169,7 @@ def judge(split: Split, data: DataFile, found: Findings, reader: Reader) -> None
 
 
 def compare(found: Findings) -> None:
-    """Splits with each other: copies of test pictures in what is trained on, classes that only one split has."""
+    """Splits with each other: copies of test pictures in what is trained on."""
     train = {s.entry.where: s for s in found.splits if s.split == "train"}
     for test in (s for s in found.splits if s.split == "test"):
         copied = np.zeros(len(test.hashes), bool)
@@ -176,17 +181,6 @@ def compare(found: Findings) -> None:
                 found.warnings.append(f"{test.name}: {what}, first: {first}")
             copied |= same
         test.copies = int(copied.sum())
-        if test.entry.where in train and test.source.classes:
-            compare_classes(test, train[test.entry.where], found)
-
-
-def compare_classes(test: Split, train: Split, found: Findings) -> None:
-    one_sided = ((test, train, "scored but never trained"), (train, test, "trained but never scored"))
-    for split, other, what in one_sided:
-        names = [split.source.classes[i] for i in np.setdiff1d(split.present, other.present)]
-        if names:
-            shown = ", ".join(names[:3]) + ", ..." * (len(names) > 3)
-            found.warnings.append(f"{split.name}: {len(names)} classes are {what}: {shown}")
 
 
 def draw(splits: list[Split], folder: Path) -> None:

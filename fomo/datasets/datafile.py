@@ -27,7 +27,8 @@ from fomo.datasets.sources.catalogue import with_catalogue
 from fomo.datasets.sources.clip_benchmark import ClipBenchmark
 from fomo.datasets.sources.folders import Folder
 from fomo.datasets.sources.fomo_in_flux import FomoInFlux
-from fomo.datasets.sources.tables import Table, Tsv
+from fomo.datasets.sources.parquet import Parquet
+from fomo.datasets.sources.tables import Json, Table, Tsv
 from fomo.datasets.sources.torchvision import Torchvision
 from fomo.datasets.sources.webdataset import Webdataset
 from fomo.datasets.sources.world import World
@@ -40,16 +41,14 @@ SOURCES: dict[str, type[Source]] = {
     "folder": Folder,
     "csv": Table,
     "tsv": Tsv,
+    "json": Json,
+    "parquet": Parquet,
     "webdataset": Webdataset,
     "clip_benchmark": ClipBenchmark,
     "fomo_in_flux": FomoInFlux,
 }
-PATHS = (
-    "path",
-    "root",
-    "info",
-    "classes_file",
-)  # fields of sources: variables expand, relative to the data file
+PATHS = ("path", "root", "info", "classes_file")  # fields of sources: relative to the data file
+HOLDOUT = 0.1  # of every class is the test split of what is to be learned and has none
 TYPES = {  # of the fields that do not depend on the source
     "source": Literal[tuple(SOURCES)],
     "prompt": str | list[str] | None,
@@ -59,8 +58,9 @@ TYPES = {  # of the fields that do not depend on the source
     "weight": Positive,
     "limit": Count,
     "holdout": float,
+    "one_class": bool,
 }
-COMMON = ("source", "train", "test", "prompt", "task", "dataset", "year")  # fields of any entry
+COMMON = ("source", "train", "test", "prompt", "task", "dataset", "year", "one_class")  # fields of any entry
 OF_ROLE = {"pretraining": ("weight", "limit"), "adaptation": ("holdout",), "evaluation": ()}
 SPLITS = {"pretraining": ("train",), "adaptation": ("train", "test"), "evaluation": ("test",)}  # needs one of
 
@@ -100,6 +100,11 @@ class Entry:
         field = self.source.split_field
         return field == "split" or field in self.spec or split in self.spec
 
+    @property
+    def splits_itself(self) -> bool:
+        """Whether one path or name stands for both splits."""
+        return self.source.split_field == "split" or "split_column" in self.spec
+
     def open(self, split: str) -> Source | None:
         """The split "train" or "test", None if the data file has no such split."""
         if not self.has(split):
@@ -120,7 +125,7 @@ class Entry:
         self.show_notes(whole, "train")
         test = holdout_mask(whole, self.spec["holdout"])
         if not test.any():
-            problem = "no class has two pictures, so none can be held out for testing"
+            problem = "no class has two pictures, so none can be held out for testing; name a test split"
             raise UserError(f"{self.file}: {self.where}.holdout: {problem}")
         return Part(whole, np.flatnonzero(test if split == "test" else ~test))
 
@@ -212,6 +217,8 @@ def entry(name: str, role: str, spec: dict, path: Path, cache: str = "auto") -> 
     }
     made = replace(made, spec=with_catalogue({**spec, **typed}, made.where))
     check(made)
+    if role == "adaptation" and not made.has("test"):
+        made = replace(made, spec={**made.spec, "holdout": HOLDOUT})
     return made
 
 
@@ -224,7 +231,7 @@ def check(entry: Entry) -> None:
         if "{}" not in prompt:
             raise FieldError(f"{where}.prompt", f"{prompt!r} has no {{}} for the class name")
     if entry.role == "adaptation":
-        for field in {"split", *(() if "split" in fields else (split_field,))} & spec.keys():
+        for field in {"split", *(() if entry.splits_itself else (split_field,))} & spec.keys():
             raise FieldError(f"{where}.{field}", "would be learnt and tested on, say train and test")
     if "holdout" in spec:
         if not 0 < spec["holdout"] < 1:
@@ -252,10 +259,14 @@ def absolute(spec: dict, keys: tuple[str, ...], file: Path) -> dict:
 
 
 def resolve(path: str, file: Path) -> str:
-    """A path with its variables expanded, relative to the data file, or one of the hub."""
-    expanded = os.path.expandvars(path)
-    if unset := re.search(r"\$\{?\w+\}?", expanded):
-        raise UserError(f"the environment variable {unset.group()} is not set")
+    """A path with each ${NAME} expanded, relative to the data file, or one of the hub."""
+
+    def value(variable: re.Match) -> str:
+        if variable[1] not in os.environ:
+            raise UserError(f"the environment variable {variable.group()} is not set")
+        return os.environ[variable[1]]
+
+    expanded = re.sub(r"\$\{(\w+)\}", value, path)
     return expanded if expanded.startswith("hf://") else locate(expanded, file)
 
 

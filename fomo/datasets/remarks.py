@@ -14,11 +14,13 @@ import numpy as np
 import open_clip
 
 from fomo.architectures import NOT_TENSORS
+from fomo.budget.flops_memory import parameter_count
 from fomo.budget.mafs import architecture
-from fomo.datasets.datafile import SPLITS, DataFile, Entry
+from fomo.datasets.datafile import DataFile, Entry
 from fomo.datasets.sources.base import UNREADABLE, Source, peculiarities
 from fomo.datasets.stream import plain
 from fomo.recipe import Model
+from fomo.text import many
 
 LOOKED = 1000
 LONGEST = 16  # contexts up to which a caption's tokens are counted
@@ -39,6 +41,7 @@ class Reader:
 
     config: dict = field(default_factory=dict)  # open_clip's model_cfg
     tokenizer: Callable | None = field(default_factory=open_clip.SimpleTokenizer)  # None: it is not here
+    own: bool = False  # pretrained by us, on rendered pictures
 
 
 def reader_of(model: Model) -> Reader:
@@ -57,23 +60,20 @@ def reader_of(model: Model) -> Reader:
             tokenizer = open_clip.SimpleTokenizer(context_length=context)
     except (*NOT_TENSORS, ImportError):
         tokenizer = None
-    return Reader(config, tokenizer)
+    return Reader(config, tokenizer, own=not (model.name or model.pretrained))
 
 
-def glance(data: DataFile, reader: Reader) -> list[str]:
-    """All remarks on a data file, from a part of every split; none on what is rendered here."""
+def glance(data: DataFile, reader: Reader, opened: list[tuple[Entry, dict[str, Source]]]) -> list[str]:
+    """All remarks on what understood.open_all has opened, from a part of every split."""
     lines = of_model(data, reader)
-    entries = (*data.pretraining, *data.adaptation.values(), *data.evaluation.values())
-    for entry in (entry for entry in entries if not entry.source.rendered):
-        opened = {split: entry.open(split) for split in SPLITS[entry.role]}
-        sources = {split: source for split, source in opened.items() if source is not None}
+    for entry, sources in opened:
         for split, source in sources.items():
             numbers = np.unique(
                 np.linspace(0, len(source) - 1, min(LOOKED, len(source))).astype(int)
             ).tolist()
             lines += of_pictures(f"{entry.where} ({split})", counted(source, numbers), len(numbers), source)
             lines += of_texts(entry, split, source, numbers, reader)
-        lines += of_classes(entry, list(sources.values()))
+        lines += of_classes(entry, sources)
     return lines
 
 
@@ -83,6 +83,11 @@ def of_model(data: DataFile, reader: Reader) -> list[str]:
         what = f"{data.image_size} is the side of cached pictures, the model still sees {side} and not more"
         remedy = "pictures are resized twice, so scores differ from the deployed model's: leave it out"
         lines.append(f"{data.path}: image_size: {what}; {remedy}")
+    entries = (*data.pretraining, *data.adaptation.values(), *data.evaluation.values())
+    if reader.own and not all(entry.source.rendered for entry in entries):
+        size = f"{parameter_count(reader.config) / 1e6:.1f} M parameters"
+        what = f"the model has {size} and has only seen rendered pictures: it knows nothing of photographs"
+        lines.append(f"{what}; take one that does, as --model ViT-B-32/laion2b_s34b_b79k")
     if "multimodal_cfg" in reader.config:
         what = "its picture and text towers are trained, its captioner is not and no longer fits them"
         lines.append(f"the model is a CoCa: {what}: use the update for features, not to write captions")
@@ -153,8 +158,9 @@ def lengths_of_cut(texts: list[str], reader: Reader) -> list[int]:
     return [length for length in lengths if length > context]
 
 
-def of_classes(entry: Entry, sources: list[Source]) -> list[str]:
+def of_classes(entry: Entry, splits: dict[str, Source]) -> list[str]:
     """On the class names of a dataset, which all its splits share."""
+    sources = list(splits.values())
     names = sources[0].classes if sources else []
     lines, of = [], f"of {len(names)} class names"
     if codes := [name for name in names if CODE.fullmatch(name)]:
@@ -172,6 +178,21 @@ def of_classes(entry: Entry, sources: list[Source]) -> list[str]:
         if empty and not sources[0].rendered:
             what = f"have no picture, first: {empty[0]!r}"
             lines.append(f"{len(empty)} {of} {what}; each is a wrong answer more: list what there is")
-        if len(names) == 1:
-            lines.append("there is one class only, so every answer is right; add the classes it is told from")
+        lines += one_sided(names, splits)
     return [f"{entry.where}: {line}" for line in lines]
+
+
+def one_sided(names: list[str], splits: dict[str, Source]) -> list[str]:
+    """Lines on classes that only one of train and test has."""
+    if not {"train", "test"} <= splits.keys():
+        return []
+    trained, tested = (set(splits[split].labels.tolist()) - {-1} for split in ("train", "test"))
+    lines = []
+    for only, what in (
+        (tested - trained, "scored but never trained"),
+        (trained - tested, "trained but never scored"),
+    ):
+        if only:
+            some = [names[label] for label in sorted(only)[:3]]
+            lines.append(f"{many(len(only), 'class')} {what}: {', '.join(some)}{', ...' * (len(only) > 3)}")
+    return lines

@@ -30,7 +30,7 @@ from fomo.datasets.datafile import DataFile, Entry
 from fomo.datasets.infer import as_data_file, is_data_file, recipe_for
 from fomo.datasets.stream import concepts_of
 from fomo.errors import UserError
-from fomo.load_recipe import load
+from fomo.load_recipe import ROOT, load
 from fomo.recipe import Recipe
 from fomo.runs.folder import (
     Position,
@@ -47,6 +47,7 @@ from fomo.runs.folder import (
 from fomo.runs.logs import evaluations, read_lines
 from fomo.schema import read_yaml
 
+GUIDE = ROOT / "guide.yaml"  # what `update` does where no recipe is named
 SHOWN = 12  # concepts of either kind in a comparison
 
 
@@ -79,14 +80,23 @@ def state_after(folder: Path, update: int) -> dict:
 
 
 def start_run(
-    recipe_path: str | Path, data: str | None, out: str | None, resume: bool, dry_run: bool, **options
+    recipe_path: str | Path | None,
+    data: str | None,
+    out: str | None,
+    resume: bool,
+    dry_run: bool,
+    one_class: bool = False,
+    **options,
 ) -> tuple[Recipe, Path]:
     """The recipe and the run folder of `update`; for a folder of pictures, with a data file inferred into it.
 
     options: scale, model, seed, overrides, as load_recipe.load takes them. A dry run leaves nothing behind.
     """
+    named = recipe_path or options.get("scale") or any(o.startswith("scale=") for o in options["overrides"])
+    recipe_path = recipe_path or GUIDE
     if data is None or is_data_file(data):
-        recipe = load(recipe_path, data=data, **options)
+        fitted = None if data is None or named else recipe_for(Path(data))
+        recipe = load(recipe_path, data=data, fitted=fitted, **options)
         return recipe, Path(out) if out else default_folder(recipe_path, recipe, data)
     folder = Path(out) if out else Path("runs") / Path(data).resolve().stem
     place = folder
@@ -96,7 +106,7 @@ def start_run(
     refuse_used(place, resume)
     file = place / "data.yaml"
     if not (resume and file.exists()):  # else it may have been edited
-        as_data_file(data, place)
+        as_data_file(data, place, one_class)
     return load(recipe_path, data=str(file), fitted=recipe_for(file), **options), folder
 
 
@@ -108,7 +118,7 @@ def default_folder(recipe_path: str | Path, recipe: Recipe, data: str | None) ->
 # --- the next update -------------------------------------------------------------------------------------
 
 
-def continue_run(parent: Path, data: str, out: str | None) -> tuple[Recipe, Path]:
+def continue_run(parent: Path, data: str, out: str | None, one_class: bool = False) -> tuple[Recipe, Path]:
     """Make the child run that teaches `data` (a data file, or what infer.py takes) in one update.
 
     -> its recipe and folder, to be run with `resume`.
@@ -119,7 +129,7 @@ def continue_run(parent: Path, data: str, out: str | None) -> tuple[Recipe, Path
     if folder.exists():
         raise UserError(f"--out {folder}: exists already")
     with staged_folder(folder) as staging:
-        new = datafile.read(data if is_data_file(data) else as_data_file(data, staging))
+        new = datafile.read(data if is_data_file(data) else as_data_file(data, staging, one_class))
         old = datafile.read(parent / "data.yaml")
         names = free_names(new.adaptation, {**old.adaptation, **old.evaluation})
         write_yaml(staging / "data.yaml", both_contents(old, new, names))

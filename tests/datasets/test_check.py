@@ -123,8 +123,8 @@ def test_classes_of_one_split_only_are_warnings(tmp_path, data):
     found = check(written(tmp_path, data))
     assert not found.errors
     assert found.warnings == [
-        "adaptation.pets (test): 1 classes are scored but never trained: yak",
-        "adaptation.pets (train): 2 classes are trained but never scored: ant, bee",
+        "adaptation.pets: 1 class scored but never trained: yak",
+        "adaptation.pets: 2 classes trained but never scored: ant, bee",
     ]
 
 

@@ -141,28 +141,44 @@ def test_a_missing_file_and_a_file_that_is_no_yaml_are_one_line(tmp_path):
     assert str(path) in one_line(read, path)
 
 
-@pytest.mark.parametrize("written", ["${NO_SUCH_FOLDER}/train.tar", "$NO_SUCH_FOLDER/train.tar"])
-def test_an_unset_variable_is_named_and_a_set_one_expands(tmp_path, monkeypatch, written):
+def test_an_unset_variable_is_named_and_a_set_one_expands(tmp_path, monkeypatch):
     shard(tmp_path / "there", "train.tar", 3)
-    path = data_file(tmp_path, {"adaptation": {"x": {"source": "webdataset", "train": written}}})
+    fields = {"source": "webdataset", "test": "${NO_SUCH_FOLDER}/train.tar"}
+    path = data_file(tmp_path, {"evaluation": {"x": fields}})
     monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
     message = one_line(open_everything, path)
     assert (
-        message.startswith(f"{path}: adaptation.x: ") and "NO_SUCH_FOLDER" in message and "not set" in message
+        message.startswith(f"{path}: evaluation.x: ") and "NO_SUCH_FOLDER" in message and "not set" in message
     )
     monkeypatch.setenv("NO_SUCH_FOLDER", str(tmp_path / "there"))
-    assert len(read(path).adaptation["x"].open("train")) == 3
+    assert len(read(path).evaluation["x"].open("test")) == 3
+
+
+@pytest.mark.parametrize("name", ["pay$day", "$HOME", "$(date)", "a${b", "%TEMP%"])
+def test_what_is_no_variable_in_braces_is_a_name(tmp_path, name):
+    shard(tmp_path / name, "train.tar", 3)
+    path = data_file(tmp_path, {"evaluation": {"x": {"source": "webdataset", "test": f"{name}/train.tar"}}})
+    assert len(read(path).evaluation["x"].open("test")) == 3
+
+
+def test_what_is_learned_and_has_no_test_split_gives_a_tenth(tmp_path):
+    shard(tmp_path, "train.tar", 40)
+    fields = {"source": "webdataset", "train": "train.tar"}
+    entry = read(data_file(tmp_path, {"adaptation": {"x": fields}})).adaptation["x"]
+    explicit = read(data_file(tmp_path, {"adaptation": {"x": fields | {"holdout": 0.1}}})).adaptation["x"]
+    assert len(entry.open("train")) + len(entry.open("test")) == 40
+    assert entry.open("test").key() == explicit.open("test").key()
 
 
 def test_paths_are_relative_to_the_data_file_wherever_one_stands(tmp_path, monkeypatch):
     shard(tmp_path / "home" / "pictures", "train.tar", 5)
     (tmp_path / "home" / "names.txt").write_text("rosa\ntulipa\n")
-    fields = {"source": "webdataset", "train": "pictures/train.tar", "classes_file": "names.txt"}
-    path = data_file(tmp_path / "home", {"adaptation": {"x": fields}})
+    fields = {"source": "webdataset", "test": "pictures/train.tar", "classes_file": "names.txt"}
+    path = data_file(tmp_path / "home", {"evaluation": {"x": fields}})
     (tmp_path / "elsewhere").mkdir()
     for place, name in ((tmp_path / "elsewhere", path), (tmp_path, Path("home/data.yaml"))):
         monkeypatch.chdir(place)
-        source = read(name).adaptation["x"].open("train")
+        source = read(name).evaluation["x"].open("test")
         assert len(source) == 5
         assert source.classes == ["rosa", "tulipa"]
 
@@ -199,7 +215,7 @@ def test_train_and_test_of_the_world_are_numbers_of_pictures(tmp_path):
     ],
 )
 def test_prompts_come_from_the_data_file_or_are_the_sources(tmp_path, prompt, expected):
-    shard(tmp_path, "train.tar")
+    shard(tmp_path, "train.tar", 4)
     fields = {"source": "webdataset", "train": "train.tar"} | ({"prompt": prompt} if prompt else {})
     path = data_file(tmp_path, {"adaptation": {"x": fields}})
     assert read(path).adaptation["x"].open("train").prompts == expected
@@ -240,8 +256,8 @@ def test_shards_may_be_a_list_and_a_range_and_lie_on_the_hub(tmp_path, monkeypat
     monkeypatch.setattr(
         "huggingface_hub.hf_hub_download", lambda repo, file, **_: str(tmp_path / "in" / file)
     )
-    fields = {"source": "webdataset", "train": ["in/{000..001}.tar", "hf://datasets/o/r/002.tar"]}
-    source = read(data_file(tmp_path, {"adaptation": {"x": fields}})).adaptation["x"].open("train")
+    fields = {"source": "webdataset", "test": ["in/{000..001}.tar", "hf://datasets/o/r/002.tar"]}
+    source = read(data_file(tmp_path, {"evaluation": {"x": fields}})).evaluation["x"].open("test")
     assert len(source) == 6 and source.captions(5) == ["tulip"]
 
 
@@ -280,4 +296,4 @@ def test_what_a_source_leaves_out_is_said_once(tmp_path, capsys):
     for _ in range(2):
         read(path).evaluation["x"].open("test")
     err = capsys.readouterr().err
-    assert err.count("evaluation.x (test): 1 pictures are in no class folder, first: stray.png") == 1
+    assert err.count("evaluation.x (test): 1 picture in no class folder, first: stray.png") == 1

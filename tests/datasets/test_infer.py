@@ -12,6 +12,7 @@ from fomo.datasets.datafile import read
 from fomo.datasets.infer import as_data_file, infer, write_inferred
 from fomo.errors import UserError
 from fomo.load_recipe import load
+from fomo.runs.lineage import start_run
 from fomo.update import run_recipe
 from tests.datasets.inputs import PNG, draw, noise, one_line, packed, samples, write
 from tests.datasets.inputs import shard as write_shard
@@ -102,12 +103,12 @@ def test_splits_that_are_there_are_used(tmp_path, held):
     assert train.classes == test.classes == ["kind 0", "kind 1", "kind 2"]
 
 
-def test_of_test_and_val_the_test_split_is_used_and_the_other_is_named(tmp_path, capsys):
+def test_of_test_and_val_the_test_split_is_used_and_the_other_is_named(tmp_path):
     for split, count in (("train", 3), ("val", 2), ("test", 1)):
         class_folders(tmp_path / split, 2, count)
     _, _, test = opened(tmp_path, tmp_path / "run")
     assert len(test) == 2
-    assert f"{tmp_path}: val is left out, the test split is test" in capsys.readouterr().err
+    assert "# val is left out, the test split is test" in (tmp_path / "run/data.yaml").read_text()
 
 
 def test_a_class_may_be_called_test(tmp_path):
@@ -149,7 +150,7 @@ def test_tables_are_known_by_their_columns(tmp_path, columns, fields, suffix):
     folder = tmp_path / "shop"
     path = table(folder / f"all.{suffix}", [list(columns), *rows], {"csv": ",", "tsv": "\t"}[suffix])
     for given, name in ((folder, "shop"), (path, "all")):
-        spec = infer(given)["adaptation"][name]
+        spec = infer(given)[0]["adaptation"][name]
         assert spec == {"source": suffix, "train": str(path), "holdout": 0.1, **fields}
     _, train, test = opened(folder, tmp_path / "run")
     assert len(train) + len(test) == 30 and train.classes == (["a", "b"] if "concept" in fields else [])
@@ -165,7 +166,7 @@ def test_tables_and_shards_named_test_or_val_are_the_test_split(tmp_path, train,
         table(tmp_path / "tables" / f"{name}.csv", rows)
         shard(tmp_path / "shards" / f"{name}.tar", 3, txt=label)
     for path in (tmp_path / "tables" / f"{train}.csv", tmp_path / "shards" / f"{train}.tar"):
-        (spec,) = infer(path)["adaptation"].values()
+        (spec,) = infer(path)[0]["adaptation"].values()
         assert spec["train"] == str(path) and spec["test"] == str(path.with_stem(test))
 
 
@@ -186,15 +187,18 @@ def test_a_folder_of_shards_is_all_of_them_with_names_by_label_or_captions(tmp_p
 CLASSES = {f"{name}/{n}.png": PNG for name in "ab" for n in range(2)}
 ROWS, SHARD = "filepath,title\n1.png,a\n", packed(samples(2, txt=label))
 MISTAKES = [
-    ({"cat/notes.md": ""}, "nothing to learn from in it, accepted: class folders"),
+    ({"cat/notes.md": ""}, "nothing to learn from in it (it holds: .md 1), accepted: class folders"),
     ({"1.png": PNG}, "neither class folders nor a .txt with a caption beside a picture"),
-    ({"a.csv": "name,price\nx,1\n"}, "no column of pictures, it has: name, price; accepted: filepath"),
+    (
+        {"a.csv": "name,price\nx,1\n"},
+        "no column of pictures that are there, it has: name, price; accepted: filepath",
+    ),
     ({"a.csv": b"filepath,\xff\xfe\n"}, "not a readable table"),
     ({"a.tar": SHARD, **CLASSES}, "more than one kind of data: webdataset (a.tar), folder (photos)"),
     ({"a.csv": ROWS, "b.csv": ROWS}, "more than one table: a.csv, b.csv; name the one"),
     (
         {"a.csv": ROWS, "a.tsv": ROWS.replace(",", "\t")},
-        "more than one kind of data: csv (a.csv), tsv (a.tsv)",
+        "more than one table: a.csv, a.tsv; name the one that is meant",
     ),
     (
         {"train/a/1.png": PNG, "test/0.tar": SHARD},
@@ -217,10 +221,12 @@ def test_what_cannot_be_inferred_is_one_line_and_nothing_is_written(tmp_path, fi
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("gone", "no such file or folder"), ("a.zip", "expected a data")]
+    ("name", "expected"),
+    [("gone", "no such file or folder"), ("a.zip", "a packed file; unpack it"), ("a.doc", "expected a data")],
 )
 def test_other_files_are_refused(tmp_path, name, expected):
-    (tmp_path / "a.zip").write_bytes(b"PK")
+    for file in ("a.zip", "a.doc"):
+        (tmp_path / file).write_bytes(b"PK")
     with pytest.raises(UserError, match=expected):
         infer(tmp_path / name)
 
@@ -229,9 +235,8 @@ def test_the_file_is_plain_yaml_that_says_where_it_comes_from_and_writing_it_aga
     photos = class_folders(tmp_path / "my photos #1: 'é'\n🎈", 2, 12)
     file = write_inferred(photos, tmp_path / "run" / "data.yaml")
     content = file.read_bytes()
-    first, second, *_ = content.decode().splitlines()
-    assert first.startswith("# Inferred from ") and "2 classes" in second
-    assert yaml.safe_load(content) == infer(photos)
+    assert content.decode().startswith("# Inferred from ")
+    assert yaml.safe_load(content) == infer(photos)[0]
     assert write_inferred(photos, file).read_bytes() == content
     assert [path.name for path in file.parent.iterdir()] == ["data.yaml"]
 
@@ -245,3 +250,29 @@ def test_200_pictures_and_batches_of_16_are_one_update(tmp_path, small_scale):
     first, last = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert (first["update"], last["update"], last["samples"]) == (0, 1, 64)
     assert set(last["datasets"]) == {"photos"} and last["zs"] is None
+
+
+def test_a_data_file_gets_the_settings_of_a_folder_unless_a_recipe_or_a_scale_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = class_folders(tmp_path / "photos", 2, 24)
+    (tmp_path / "shop.yaml").write_text("adaptation: {photos: {source: folder, train: photos}}")
+
+    def settings(data, recipe=None, scale=None, overrides=()):
+        how = {"scale": scale, "model": None, "seed": None, "overrides": overrides}
+        found, _ = start_run(recipe, str(data), None, resume=False, dry_run=True, **how)
+        return found.stream, found.budget, found.optimizer, found.method
+
+    fitted = settings(photos)
+    assert fitted[0].updates == 1 and 26 <= fitted[1].steps <= 29 and fitted[2].batch_size == 16
+    assert settings("shop.yaml") == fitted
+    assert settings("shop.yaml", overrides=("budget.steps=5",))[1].steps == 5
+    guide = Path(__file__).parents[2] / "recipes" / "guide.yaml"
+    for named in ({"recipe": guide}, {"scale": "tiny"}, {"overrides": ("scale=tiny",)}):
+        assert settings("shop.yaml", **named)[0].updates == 20
+
+
+def test_one_class_is_accepted_where_it_is_said(tmp_path):
+    photos = class_folders(tmp_path / "photos", 1, 4)
+    content, _ = infer(photos, one_class=True)
+    assert content["adaptation"]["photos"]["one_class"] is True
+    assert "one_class" not in infer(photos)[0]["adaptation"]["photos"]

@@ -67,6 +67,14 @@ class Source:
         """What the pixels depend on, as text: names the pixel cache, so it changes when they would."""
         raise NotImplementedError
 
+    def byte_sizes(self) -> np.ndarray | None:
+        """(n,) of the pictures as they are stored, -1 where one is missing; None if they are not stored so."""
+        return None
+
+    def encoded(self, index: int) -> bytes:
+        """The picture as it is stored, where `byte_sizes` are known. Raises one of UNREADABLE."""
+        raise NotImplementedError
+
     def agree(self, splits: list["Source"]) -> None:
         """Take the class names of all splits of the dataset (train, test); for those found in the data itself."""
 
@@ -94,6 +102,13 @@ class Part(Source):
 
     def id_of(self, index: int) -> str:
         return self.whole.id_of(int(self.numbers[index]))
+
+    def byte_sizes(self) -> np.ndarray | None:
+        sizes = self.whole.byte_sizes()
+        return None if sizes is None else sizes[self.numbers]
+
+    def encoded(self, index: int) -> bytes:
+        return self.whole.encoded(int(self.numbers[index]))
 
     def key(self) -> str:
         return f"{len(self)} ({zlib.crc32(self.numbers.tobytes()):08x}) of {self.whole.key()}"
@@ -141,6 +156,18 @@ class PictureFiles(Source):
 
     def id_of(self, index: int) -> str:
         return self.files[index]
+
+    def byte_sizes(self) -> np.ndarray:
+        def size(path: str) -> int:
+            try:
+                return os.stat(path).st_size
+            except (OSError, ValueError):  # ValueError: a null character in a table
+                return -1
+
+        return np.array([size(self.path_of(index)) for index in range(len(self))], np.int64)
+
+    def encoded(self, index: int) -> bytes:
+        return Path(self.path_of(index)).read_bytes()
 
     def key(self) -> str:
         return f"{type(self).__name__} {Path(self.base).resolve()} {self.digest()}"

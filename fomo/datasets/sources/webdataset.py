@@ -65,10 +65,16 @@ class Shards(Captioned, NumberedClasses):
         pairs = zip(labels.tolist(), first.tolist(), strict=True)
         return {label: self.captions(index)[0] for label, index in pairs if label >= 0}
 
-    def image(self, index: int) -> Image.Image:
+    def byte_sizes(self) -> np.ndarray:
+        return self.sizes
+
+    def encoded(self, index: int) -> bytes:
         with open(self.file_of(index), "rb") as file:
             file.seek(self.offsets[index])
-            return Image.open(io.BytesIO(file.read(self.sizes[index])))
+            return file.read(self.sizes[index])
+
+    def image(self, index: int) -> Image.Image:
+        return Image.open(io.BytesIO(self.encoded(index)))
 
     def file_of(self, index: int) -> str:
         return self.files[int(np.searchsorted(self.starts, index, side="right")) - 1]

@@ -4,6 +4,8 @@ import json
 import runpy
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torchvision.datasets
 import yaml
@@ -27,21 +29,21 @@ class Shapes(torchvision.datasets.VisionDataset):
         return noise(index, 40, 32), index % 2
 
 
-def numbered(count: int, **texts) -> dict[str, str | bytes]:
+def numbered(count: int, first: int = 0, **texts) -> dict[str, str | bytes]:
     """Members of a shard."""
-    members = {f"{i}.png": encoded(noise(i, 40, 32)) for i in range(count)}
+    members = {f"{i}.png": encoded(noise(first + i, 40, 32)) for i in range(count)}
     return members | {f"{i}.{suffix}": text(i) for suffix, text in texts.items() for i in range(count)}
 
 
 def everything(root: Path) -> dict:
     """A data file of all sources."""
     for split in ("train", "test"):
-        shard(root / "cb" / split / "0.tar", numbered(6, cls=lambda i: str(i % 2)))
+        shard(root / "cb" / split / "0.tar", numbered(6, 10 * len(split), cls=lambda i: str(i % 2)))
         (root / "cb" / split / "nshards.txt").write_text("1")
         entries = {}
         for i in range(6):
             for folder in (root / "pets" / split / ("cat", "dog")[i % 2], root / "flux" / "TOYS" / split):
-                draw(folder / f"{i}.png", noise(i, 40, 32))
+                draw(folder / f"{i}.png", noise(i + 100 * (split == "test"), 40, 32))
             texts = {"default_caption": None, "synthetic_merged_caption": [f"toy {i}", f"a toy, {i}"]}
             entries[f"{split}/{i}.png"] = texts | {"classname": ("car", "doll")[i % 2], "target": i % 2}
             entries[f"{split}/{i}.png"]["primer_caption"] = "a toy"
@@ -49,6 +51,13 @@ def everything(root: Path) -> dict:
         for form, separator in (("csv", ","), ("tsv", "\t")):
             rows = [[f"pets/{split}/cat/{i}.png", f"picture {i}", "ab"[i // 2]] for i in (0, 2)]
             table(root / f"{split}.{form}", [["filepath", "title", "kind"], *rows], separator)
+        rows = [
+            {"file_name": f"pets/{split}/dog/{i}.png", "text": f"dog {i}", "kind": "cd"[i // 3]}
+            for i in (1, 3)
+        ]
+        (root / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        pictures = [{"bytes": encoded(noise(50 + i, 40, 32)), "path": None} for i in range(4)]
+        pq.write_table(pa.table({"image": pictures, "kind": ["e", "f"] * 2}), root / f"{split}.parquet")
     (root / "cb" / "classnames.txt").write_text("banded\nblotchy\n")
     shard(root / "pool" / "0.tar", numbered(5, txt=lambda i: f"number {i}"))
     shard(root / "pool" / "1.tar", numbered(5, txt=lambda i: f"number {5 + i}"))
@@ -63,6 +72,14 @@ def everything(root: Path) -> dict:
             "shapes": {"source": "torchvision", "name": "Shapes", "root": "."},
             "pets": {"source": "folder", "train": "pets/train", "test": "pets/test"},
             "shop": {"source": "csv", "train": "train.csv", "test": "test.csv", "concept": "kind"},
+            "words": {"source": "json", "train": "train.jsonl", "test": "test.jsonl", "concept": "kind"},
+            "rows": {
+                "source": "parquet",
+                "train": "train.parquet",
+                "test": "test.parquet",
+                "concept": "kind",
+                "caption": None,
+            },
             "textures": {"source": "clip_benchmark", "root": "cb"},
             "toys": {"source": "fomo_in_flux", "root": "flux", "folder": "TOYS"},
         },

@@ -52,7 +52,7 @@ def test_pictures_beside_class_folders_are_counted_and_named(tmp_path):
     draw(tmp_path / "stray.png")
     source = Folder(str(tmp_path))
     assert len(source) == 1
-    assert "1 pictures are in no class folder, first: stray.png" in source.notes[0]
+    assert "1 picture in no class folder, first: stray.png" in source.notes[0]
 
 
 def test_what_is_no_folder_of_pictures_is_one_clear_mistake(tmp_path):
@@ -78,3 +78,26 @@ def test_a_picture_that_changes_changes_the_key(tmp_path):
     assert Folder(root).key() == key
     draw(tmp_path / "cat" / "2.png")
     assert Folder(root).key() != key
+
+
+def test_the_level_of_the_classes_may_be_any_and_zero_is_none(tmp_path):
+    for name in ("animals/cat", "animals/dog", "plants/rose"):
+        draw(tmp_path / name / "1.png")
+    assert Folder(str(tmp_path)).classes == ["animals", "plants"]
+    assert (
+        "pictures lie deeper than the class folders, first: animals/cat/1.png"
+        in Folder(str(tmp_path)).notes[0]
+    )
+    source = Folder(str(tmp_path), level=2)
+    assert source.classes == ["cat", "dog", "rose"] and source.notes == ()
+    (tmp_path / "plants/rose/1.txt").write_text("a red rose")
+    source = Folder(str(tmp_path), level=0)
+    assert source.classes == [] and [source.captions(i) for i in range(3)] == [[], [], ["a red rose"]]
+
+
+def test_files_that_are_no_pictures_are_counted_by_kind(tmp_path):
+    root = classes(tmp_path, "ant", "cat")
+    for name in ("ant/a.heic", "ant/b.HEIC", "cat/c.mov", "ant/1.txt", "Thumbs.db", ".hidden", "cat/noend"):
+        (tmp_path / name).write_text("a caption")
+    (note,) = Folder(root).notes
+    assert note == "4 files skipped, of a kind that is not read here (.heic 2, .mov 1, noend 1)"

@@ -1,12 +1,13 @@
 """open_clip's CSV and TSV files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fomo.datasets.sources.tables import Table, Tsv
+from fomo.datasets.sources.tables import Json, Table, Tsv
 from fomo.errors import UserError
 
 
@@ -44,11 +45,11 @@ def test_other_columns_a_tab_and_concepts(tmp_path):
         "pics/0.png,a\npics/0.png,b\npics/1.png,c\n",
         "pics/0.png,a\npics/1.png,c\npics/0.png,b\n",
         "pics/0.png,a\n./pics/1.png,c\npics/../pics/0.png,b\npics/1.png,\n",
-        "$HERE/pics/0.png,a\npics/1.png,c\npics/0.png, a \npics/0.png,b\n",
+        "HERE/pics/0.png,a\npics/1.png,c\npics/0.png, a \npics/0.png,b\n",
     ],
 )
-def test_rows_of_one_picture_are_one_sample_wherever_they_stand(tmp_path, monkeypatch, rows):
-    monkeypatch.setenv("HERE", str(tmp_path))
+def test_rows_of_one_picture_are_one_sample_wherever_they_stand(tmp_path, rows):
+    rows = rows.replace("HERE", str(tmp_path))
     source = Table(table(tmp_path, f"filepath,title\n{rows}"))
     assert [source.captions(i) for i in range(len(source))] == [["a", "b"], ["c"]]
     assert [np.asarray(source.image(i)).max() for i in range(2)] == [0, 1]
@@ -59,7 +60,7 @@ def test_a_picture_has_the_class_of_the_first_row_that_has_one_and_others_are_no
     source = Table(table(tmp_path, f"filepath,title,kind\n{rows}"), concept="kind")
     assert source.classes == ["ant", "fox"] and source.labels.tolist() == [1, 0]
     (note,) = source.notes
-    assert note.startswith("1 pictures have rows of several classes, first: pics/1.png ('ant' and 'fox')")
+    assert note.startswith("1 picture with rows of several classes, first: pics/1.png ('ant' and 'fox')")
 
 
 def test_shuffled_rows_are_the_same_pictures_with_the_same_captions(tmp_path):
@@ -76,7 +77,7 @@ def test_shuffled_rows_are_the_same_pictures_with_the_same_captions(tmp_path):
     [
         ("path,title\nx.png,a\n", ["no column 'filepath'", "it has: path, title"]),
         ("filepath,caption\nx.png,a\n", ["no column 'title'", "caption: null"]),
-        ("filepath\ttitle\nx.png\ta\n", ["no column 'filepath'", "is the separator right?"]),
+        ("filepath~title\nx.png~a\n", ["no column 'filepath'", "is the separator right?"]),
         ("filepath,title\n", ["no rows"]),
         ("filepath,title\n,a\n", ["row 1 has no filepath"]),
         ("", ["no column 'filepath'"]),
@@ -105,3 +106,81 @@ def test_a_caption_of_many_words_is_read(tmp_path):
     text = "word " * 60_000
     source = Table(table(tmp_path, f"filepath,title\npics/0.png,{text}\n"))
     assert source.captions(0) == [text.strip()]
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_the_separator_is_found_and_spreadsheets_encodings_are_read(tmp_path, separator, encoding):
+    text = "filepath,title\npics/0.png,ein roter Schuh für Zoë\npics/1.png,one".replace(",", separator)
+    path = table(tmp_path, "")
+    Path(path).write_text(text, encoding=encoding)
+    assert [Table(path).captions(i) for i in range(2)] == [["ein roter Schuh für Zoë"], ["one"]]
+
+
+def test_commas_in_captions_without_quotes_do_not_make_commas_the_separator(tmp_path):
+    path = table(tmp_path, "filepath;title\npics/0.png;a, b, c\npics/1.png;d, e, f\n")
+    assert Table(path).captions(1) == ["d, e, f"]
+
+
+def test_a_name_stands_for_the_picture_that_ends_so(tmp_path):
+    names = ["0", "C:\\data\\pics\\1.png", "/mnt/old/pics/2.png", "3.jpg"]
+    path = table(tmp_path, "filepath,title\n" + "".join(f"{name},a {i}\n" for i, name in enumerate(names)))
+    source = Table(path)
+    assert [np.asarray(source.image(i)).max() for i in range(4)] == [0, 1, 2, 3]
+    assert source.notes[0].startswith(
+        f"4 pictures found below {tmp_path} by the end of the path, first: pics/0.png"
+    )
+    (tmp_path / "more/pics").mkdir(parents=True)
+    (tmp_path / "more/pics/2.png").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"2\.png may be more/pics/2\.png or pics/2\.png"):
+        Table(path)
+
+
+def test_a_composed_letter_finds_a_decomposed_name(tmp_path):
+    path = table(tmp_path, "filepath,title\nZo\u00eb.png,a\n")
+    Image.new("RGB", (8, 6), (7,) * 3).save(tmp_path / "pics" / "Zoe\u0308.png")
+    assert np.asarray(Table(path).image(0)).max() == 7
+
+
+def test_a_column_of_splits_gives_each_split_its_rows(tmp_path):
+    rows = "pics/0.png,a,Train\npics/1.png,b,validation\npics/2.png,c,TEST\npics/3.png,d,Training\n"
+    path = table(tmp_path, f"filepath,title,part\n{rows}")
+    train, test = (Table(path, split_column="part", split=split) for split in ("train", "test"))
+    assert [train.captions(i) for i in range(len(train))] == [["a"], ["d"]]
+    assert [test.captions(i) for i in range(len(test))] == [["c"]]
+    path = table(tmp_path, f"filepath,title,part\n{rows}pics/1.png,e,fold3\n")
+    with pytest.raises(UserError, match="'fold3' is no split, accepted: train, test, val"):
+        Table(path, split_column="part")
+    path = table(tmp_path, "filepath,title,part\npics/0.png,a,train\n")
+    with pytest.raises(UserError, match="no row of test, it has: train"):
+        Table(path, split_column="part", split="test")
+
+
+def test_json_lines_lists_and_cocos_form(tmp_path):
+    table(tmp_path, "")
+    rows = [{"file_name": "pics/0.png", "text": ["a", "b"]}, {"file_name": "pics/1.png", "text": "c"}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "m.json").write_text(json.dumps(rows))
+    for name in ("m.jsonl", "m.json"):
+        source = Json(str(tmp_path / name))
+        assert [source.captions(i) for i in range(2)] == [["a", "b"], ["c"]]
+    images = [{"id": 7, "file_name": "0.png"}, {"id": 9, "file_name": "1.png"}]
+    annotations = [
+        {"image_id": 9, "caption": "x"},
+        {"image_id": 7, "caption": "y"},
+        {"image_id": 9, "caption": "z"},
+    ]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    source = Json(str(tmp_path / "c.json"), caption="caption")
+    assert {source.files[i]: source.captions(i) for i in range(2)} == {
+        "pics/1.png": ["x", "z"],
+        "pics/0.png": ["y"],
+    }
+    for text, expected in (
+        ("{", "not a readable table"),
+        ('{"a": 1}', "expected a list"),
+        ("[1]", "expected a list"),
+    ):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(UserError, match=expected):
+            Json(str(tmp_path / "bad.json"))

@@ -1,0 +1,153 @@
+"""What was understood of the data, said before a step is trained; and what keeps a run from making sense.
+
+`update`, `continue`, a dry run and `data check` all say it from here. Nothing is decoded: names, labels, captions
+and the bytes of files are looked at.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from fomo.datasets.datafile import SPLITS, DataFile, Entry
+from fomo.datasets.sources.base import UNREADABLE, Source
+from fomo.errors import UserError
+from fomo.text import many, shortened
+
+LOOKED = 1000  # test pictures that are looked for in what is trained on
+COMPARED = 20_000  # pictures trained on that have the size in bytes of one of them
+Splits = dict[str, Source]  # those that an entry has
+
+
+def say(data: DataFile, opened: list[tuple[Entry, Splits]]) -> None:
+    """Write what was understood on standard error."""
+    for line in understood(data, opened):
+        tqdm.write(line, file=sys.stderr)
+
+
+def opened_and_said(data: DataFile) -> list[tuple[Entry, Splits]]:
+    """What `open_all` opens, after it was said; a UserError if it makes no sense."""
+    opened = open_all(data)
+    say(data, opened)
+    for problem in problems(opened):
+        raise UserError(f"{data.path}: {problem}")
+    for leak in leaks(opened):
+        tqdm.write(f"warning: {leak}", file=sys.stderr)
+    return opened
+
+
+def open_all(data: DataFile) -> list[tuple[Entry, Splits]]:
+    """Every entry with its splits, but what is rendered here."""
+    entries = (*data.pretraining, *data.adaptation.values(), *data.evaluation.values())
+    found = []
+    for entry in (entry for entry in entries if not entry.source.rendered):
+        splits = {split: entry.open(split) for split in SPLITS[entry.role]}
+        found.append((entry, {split: source for split, source in splits.items() if source is not None}))
+    return found
+
+
+def understood(data: DataFile, opened: list[tuple[Entry, Splits]]) -> Iterator[str]:
+    """A line for each dataset."""
+    entries = (*data.adaptation.values(), *data.evaluation.values())
+    rendered = [entry.name for entry in entries if entry.source.rendered]
+    if rendered and opened:  # of a world that is all rendered there is nothing to be understood wrongly
+        yield f"{data.path.name}: {many(len(rendered), 'set')} of rendered pictures ({shortened(rendered)})"
+    for entry, splits in opened:
+        name = entry.where if entry.role == "pretraining" else entry.name
+        yield f"{name}: {what(entry, splits)}; {use(entry, splits)}"
+
+
+def what(entry: Entry, splits: Splits) -> str:
+    """4 classes of 10 to 12 pictures (cat: a.jpg, dog: b.jpg, ...)"""
+    source = next(iter(splits.values()))
+    total = sum(map(len, splits.values()))
+    retrieval = entry.task == "retrieval" or not source.classes
+    if retrieval or entry.role == "pretraining":
+        captions = next((texts for i in range(min(len(source), 20)) if (texts := source.captions(i))), [""])
+        example = f" ({captions[0][:60]!r}, ...)" if captions[0] else ""
+        return f"{many(total, 'picture')} with captions{example}"
+    counts = sum(np.bincount(s.labels[s.labels >= 0], minlength=len(source.classes)) for s in splits.values())
+    present = counts[counts > 0]
+    least, most = present.min(initial=total), present.max(initial=0)
+    each = many(int(most), "picture") if least == most else f"{least:,} to {most:,} pictures"
+    labels, first = np.unique(source.labels, return_index=True)
+    examples = [
+        f"{source.classes[label]}: {os.path.basename(source.name_of(index))}"
+        for label, index in zip(labels.tolist(), first.tolist(), strict=True)
+        if label >= 0
+    ]
+    return f"{many(len(present), 'class')} of {each} ({shortened(examples)})"
+
+
+def use(entry: Entry, splits: Splits) -> str:
+    counts = {split: many(len(source), "picture") for split, source in splits.items()}
+    if entry.role == "pretraining":
+        return "replayed"
+    if entry.role == "evaluation":
+        return f"{counts['test']} scored, never trained on"
+    how = f" ({entry.spec['holdout']:.0%} of every class, held out)" if "holdout" in entry.spec else ""
+    return f"{counts['train']} to learn from, {len(splits['test']):,} to test on{how}"
+
+
+# --- what makes no sense ---------------------------------------------------------------------------------
+
+
+def problems(opened: list[tuple[Entry, Splits]]) -> Iterator[str]:
+    """What an update refuses."""
+    for entry, splits in opened:
+        if entry.role == "pretraining":
+            continue
+        if entry.task == "classification":
+            yield from of_classes(entry, splits)
+        if {"train", "test"} <= splits.keys() and "holdout" not in entry.spec:
+            test, found = splits["test"], copies(splits["test"], splits["train"])
+            if len(found) == min(len(test), LOOKED):
+                what = f"every test picture is also trained on, first: {test.name_of(found[0])}"
+                yield f"{entry.where}: {what}; leave `test` out, and a tenth of train is held out"
+
+
+def of_classes(entry: Entry, splits: Splits) -> Iterator[str]:
+    names = next(iter(splits.values())).classes
+    if len(names) == 1 and not entry.spec.get("one_class"):
+        what = f"one class only ({names[0]}), so every answer is right and its score says nothing"
+        remedy = "add the classes it is to be told from, or accept it: --one-class, here `one_class: true`"
+        yield f"{entry.where}: {what}; {remedy}"
+    if {"train", "test"} <= splits.keys():
+        trained, tested = (set(splits[s].labels.tolist()) - {-1} for s in ("train", "test"))
+        if trained and tested and not trained & tested:
+            shown = shortened([names[label] for label in sorted(tested)])
+            yield f"{entry.where}: no class of test is one of train ({shown}), so nothing learned is tested"
+
+
+def leaks(opened: list[tuple[Entry, Splits]]) -> Iterator[str]:
+    """Test pictures of any set that are also trained on, as those are in another set or some of them."""
+    trained = {entry.name: s["train"] for entry, s in opened if entry.role == "adaptation" and "train" in s}
+    for entry, splits in opened:
+        test = splits.get("test")
+        for name, train in trained.items():
+            if test is None or (name == entry.name and "holdout" in entry.spec):
+                continue
+            if len(found := copies(test, train)):
+                of = f"{len(found)} of {many(min(len(test), LOOKED), 'test picture')}"
+                yield f"{entry.where}: {of} also trained on in {name}, first: {test.name_of(found[0])}"
+
+
+def copies(test: Source, train: Source) -> list[int]:
+    """The numbers of the test pictures, of at most LOOKED, whose bytes are those of a picture trained on."""
+    sizes, others = test.byte_sizes(), train.byte_sizes()
+    if sizes is None or others is None:
+        return []
+    numbers = np.unique(np.linspace(0, len(test) - 1, min(LOOKED, len(test))).astype(int))
+    alike = np.flatnonzero(np.isin(others, sizes[numbers]))[:COMPARED]
+    digests = {digest(train, index) for index in alike.tolist()}
+    return [number for number in numbers.tolist() if digests and digest(test, number) in digests]
+
+
+def digest(source: Source, index: int) -> bytes:
+    try:
+        return hashlib.blake2b(source.encoded(index), digest_size=16).digest()
+    except UNREADABLE:
+        return source.name_of(index).encode("utf-8", "surrogateescape")
