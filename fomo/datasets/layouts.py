@@ -6,15 +6,15 @@ photos/*.csv                a table, or .tsv, .jsonl, .json, .parquet; the pictu
 photos/*.tar                shards of .jpg with .cls or .txt; or the layout of CLIP_benchmark
 """
 
-import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import islice
 from pathlib import Path
 
+from fomo.datasets.annotations import HARMLESS, is_table, refuse_annotations, tables_in
 from fomo.datasets.columns import CLOSED, SOURCES, Look, look_at
 from fomo.datasets.sources.folders import Tree, skipped_files
 from fomo.datasets.sources.split_names import TESTS, TRAIN, chosen_test, split_in, words_of
@@ -29,30 +29,14 @@ ACCEPTED = (
 )
 UNPACK = {".zip": "unzip", ".7z": "7z x", ".rar": "unrar x", ".tgz": "tar xf", ".gz": "gunzip, or tar xf"}
 UNPACK |= {".bz2": "tar xf", ".xz": "tar xf", ".zst": "tar xf"}
-HARMLESS = re.compile(
-    r"readme.*|licen[sc]e.*|copying|citation.*|dataset_infos?\.json|.*\.(md|html|pdf)", re.I
-)
 # Words of folders that say what kind of thing is in them, not of what class.
 GENERIC = {"image", "img", "picture", "photo", "mask", "label", "annotation", "trimap", "jpeg", "jpg", "png"}
-GENERIC |= {
-    "data",
-    "dataset",
-    "set",
-    "seg",
-    "segmentation",
-    "class",
-    "object",
-    "ground",
-    "truth",
-    "gt",
-    "raw",
-}
+GENERIC |= {"data", "dataset", "set", "seg", "segmentation", "class", "object", "ground", "truth", "gt"}
 GENERIC |= {f"{word}s" for word in GENERIC}
 # Folders of cameras and of those who sort by date: 2024, 2024-05, 2024/05/01, 100APPLE.
 DATED = re.compile(r"(.*/)?((19|20)\d\d([-_./ ]?[01]\d([-_./ ]?[0-3]\d)?)?|\d{3}[A-Z_]{5})")
 BOXES = re.compile(r"\d+( -?\d*\.?\d+){4,}")  # a line of YOLO
-READ = 1 << 16  # bytes of a file that may speak of pictures
-SOME = 1000  # pictures that it may speak of
+SOME = 1000  # captions that are looked at
 
 
 @dataclass
@@ -311,67 +295,12 @@ def unread(tree: Tree) -> str:
 # --- tables ----------------------------------------------------------------------------------------------
 
 
-def tables_in(tree: Tree) -> list[Path]:
-    """Files that say something of the pictures: tables, and what is no table but speaks of them."""
-    shards = {n.removesuffix(".tar") for folder in tree.walk() for n in folder.others if n.endswith(".tar")}
-    pictures = [os.path.basename(file) for file in islice(tree.all_pictures(), SOME)]
-    stems = {os.path.splitext(name)[0] for name in pictures}
-    found = []
-    for folder in tree.walk():
-        for name in folder.others:
-            stem, suffix = os.path.splitext(name)
-            path, suffix = folder.path / name, suffix.lower()
-            of_shard = stem.removesuffix("_stats") in shards  # img2dataset says there what is in the shard
-            of_picture = stem in stems or stem in pictures
-            if HARMLESS.fullmatch(name) or of_shard:
-                continue
-            table = suffix in (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", *CLOSED)
-            may_be = suffix in (".json", ".txt") and not of_picture
-            if table or (may_be and speaks_of(path, pictures, tree)):
-                found.append(path)
-    return found
+def look_at_all(files: list[Path], tree: Tree) -> list[Look]:
+    ends = cache(lambda root: Ends(str(root)))  # one walk through a folder for all tables
+    return [look(file, tree, ends) for file in files]
 
 
-def refuse_annotations(tree: Tree) -> None:
-    """Files of single pictures that lie in a folder of their own, as the boxes of YOLO and Pascal VOC."""
-    pictures = list(islice(map(tree.relative, tree.all_pictures()), SOME))
-    stems = {os.path.splitext(os.path.basename(file))[0]: file for file in pictures}
-    for folder in tree.walk():
-        for name in folder.others if not folder.pictures else ():
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in (".txt", ".xml", ".json") and stem in stems:
-                what = f"{tree.relative(folder.path / name)} annotates {stems[stem]}, and is not read here"
-                raise UserError(f"{tree.path}: {what}; make class folders or captions of it")
-
-
-def speaks_of(file: Path, pictures: list[str], tree: Tree) -> bool:
-    """Whether it names pictures, or says what class folders with numbers and codes for names are."""
-    if file.suffix.lower() == ".json" and is_table(file):
-        return True
-    with open(file, "rb") as opened:
-        text = opened.read(READ).decode("utf-8", "replace")
-    words = set(re.split(r"[\s,;:|=\"'/\\{}\[\]()]+", text))
-    codes = {folder.name for folder in tree.walk() if re.fullmatch(r"[a-z]?\d+", folder.name)}
-    return bool(words & set(pictures)) or (len(codes) > 1 and len(words & codes) > len(codes) / 2)
-
-
-def is_table(file: Path) -> bool:
-    """Whether a `.json` is a list of objects or of COCO's form."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    if isinstance(content, dict):
-        return {"images", "annotations"} <= content.keys()
-    return bool(content) and isinstance(content, list) and isinstance(content[0], dict)
-
-
-@cache
-def ends(root: Path) -> Ends:
-    return Ends(str(root))
-
-
-def look(file: Path, tree: Tree) -> Look:
+def look(file: Path, tree: Tree, ends: Callable[[Path], Ends]) -> Look:
     if file.suffix.lower() == ".json" and not is_table(file):
         return Look(file, problem="speaks of pictures or classes, and is not read here")
     beside = split_in(file.stem) or "train"
@@ -380,7 +309,7 @@ def look(file: Path, tree: Tree) -> Look:
 
 
 def in_tables(tree: Tree, files: list[Path]) -> Layout:
-    looks = [look(file, tree) for file in files]
+    looks = look_at_all(files, tree)
     unused = next((found for found in looks if found.problem), None)
     if unused:
         name, usable = tree.relative(unused.file), [found.file for found in looks if not found.problem]
@@ -446,12 +375,11 @@ def in_file(path: Path) -> Layout:
     if suffix == ".tar":
         splits, notes = by_name(path, [path, *tests])
         return Layout({"source": "webdataset", **splits}, notes)
-    names_kinds = all(word in {*GENERIC, *TRAIN, *TESTS} for word in words_of(path.parent.name))
-    tree = Tree.of(path.parent.parent if names_kinds else path.parent)
-    looks = [look(file, tree) for file in (path, *tests)]
+    root = path.parent.parent if is_no_class(path.parent.name) else path.parent  # of annotations/labels.csv
+    tree = Tree(root, [Tree(folder) for folder in sorted(root.iterdir()) if folder.is_dir()])
+    looks = look_at_all([path, *tests], tree)
     if looks[0].problem:
         raise UserError(f"{path}: {looks[0].problem}")
     layout = of_tables(tree, [found for found in looks if not found.problem])
     layout.notes += [f"{f.file.name} is no test split: {f.problem}" for f in looks if f.problem]
-    layout.root = tree.path
     return layout

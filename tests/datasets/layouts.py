@@ -230,7 +230,10 @@ LAYOUTS: dict[str, Files | tuple[Files, str]] = {
 def understood(title: str, folder: Path) -> str:
     """What `update --data` says of a layout: the paragraph, or the refusal, as one text."""
     files = LAYOUTS[title]
-    files, given = files if isinstance(files, tuple) else (files, "")
+    return understood_files(*(files if isinstance(files, tuple) else (files,)), folder=folder)
+
+
+def understood_files(files: Files, given: str = "", *, folder: Path) -> str:
     root = folder / "photos"
     for name in [name for name in files if name.endswith("/")]:
         (root / name).mkdir(parents=True)

@@ -45,6 +45,7 @@ class Rows(PictureFiles, Captioned, NamedClasses):
         self.split_column, self.split = split_column, split
         self.base = root or str(Path(path).parent)
         self.moved: dict[str, str] = {}  # names in the table -> where the pictures are
+        self.ignored: Counter = Counter()  # rows by what a column of splits says that is not used
         names: dict[str, int] = {}  # class name -> its number here
         numbers: dict[str, int] = {}  # path -> number of the sample
         files, labels, captions, contradictory = [], [], [], {}
@@ -79,6 +80,9 @@ class Rows(PictureFiles, Captioned, NamedClasses):
             first = f"first: {self.files[number]} ({both})"
             count = many(len(contradictory), "picture")
             yield f"{count} with rows of several classes, {first}; only their first is used"
+        if len(self.ignored) > 1:
+            found = ", ".join(f"{kind} {count}" for kind, count in self.ignored.items())
+            yield f"the column 'split' ({found}) is not used; to use it: `path` and `split_column: split`"
         if self.moved:
             name, place = next(iter(self.moved.items()))
             what = many(len(self.moved), "picture")
@@ -91,6 +95,8 @@ class Rows(PictureFiles, Captioned, NamedClasses):
         for number, row in enumerate(self.records(), 1):
             if wanted is not None and plain(row.get(self.split_column)) not in wanted:
                 continue
+            if wanted is None and (kind := split_in(plain(row.get("split")))):
+                self.ignored[kind] += 1
             if not (file := plain(row.get(image))):
                 raise UserError(f"{self.path}: row {number} has no {image}")
             texts = row.get(caption) if caption else None

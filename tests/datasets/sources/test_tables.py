@@ -148,6 +148,8 @@ def test_a_column_of_splits_gives_each_split_its_rows(tmp_path):
     train, test = (Table(path, split_column="part", split=split) for split in ("train", "test"))
     assert [train.captions(i) for i in range(len(train))] == [["a"], ["d"]]
     assert [test.captions(i) for i in range(len(test))] == [["c"]]
+    (note,) = Table(table(tmp_path, f"filepath,title,split\n{rows}")).notes
+    assert note.startswith("the column 'split' (train 2, validation 1, test 1) is not used; to use it: ")
     path = table(tmp_path, f"filepath,title,part\n{rows}pics/1.png,e,fold3\n")
     with pytest.raises(UserError, match="'fold3' is no split, accepted: train, test, val"):
         Table(path, split_column="part")
