@@ -25,6 +25,7 @@ from fomo.eval.scorer import Scorer
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Weights
 from fomo.pretrain import starting_model
+from fomo.progress import Progress
 from fomo.recipe import Recipe, Temperature
 from fomo.runs.folder import Run
 from fomo.runs.step_log import StepLog, Timed
@@ -78,7 +79,7 @@ class Trainer:
         self.tuned: Weights = {}  # by the last update, before any merge, for `evaluation.keeps`
         self.max_scale = self.bound_of_scale()
         self.scorer = Scorer(clip, self.pools, device, recipe.seed, run.check, self.ranks)
-        self.bar = tqdm(disable=True)
+        self.bar = Progress(disable=True)
 
     def prepare(self) -> list[nn.Parameter]:
         """Make the model what is trained; -> its parameters that are."""
@@ -106,7 +107,7 @@ class Trainer:
     def run_updates(self) -> None:
         position, updates = self.run.position, self.run.position.updates
         done = position.update * position.steps + position.step
-        with tqdm(total=updates * position.steps or None, initial=done, unit="step") as self.bar:
+        with Progress(total=updates * position.steps or None, initial=done, unit="step") as self.bar:
             try:
                 if not position.evaluated:
                     self.evaluate()

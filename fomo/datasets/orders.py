@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from fomo.clip import Clip
 from fomo.datasets.datafile import DataFile
@@ -29,6 +28,7 @@ from fomo.datasets.samples import Samples
 from fomo.datasets.sources.base import Source
 from fomo.datasets.stream import SEPARATOR, Concept, cut, folders_of, match, plain
 from fomo.errors import UserError
+from fomo.progress import Progress
 from fomo.recipe import Stream
 from fomo.schema import NotNegative, convert
 
@@ -250,7 +250,7 @@ def concept_losses(concepts: list[Concept], context: Context) -> list[float]:
         pool = [context.samples(name) for name in names]
     mixed = pool_features(context, pool, rng)
     losses: dict[tuple[str, int], float] = {}
-    for name in tqdm(names, desc="performance", unit="dataset", leave=False):
+    for name in Progress(names, desc="performance", unit="dataset", leave=False):
         samples = context.samples(name)
         usable = np.flatnonzero(samples.complete())
         for label in sorted(c.label for c in concepts if c.dataset == name):

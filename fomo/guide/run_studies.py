@@ -22,7 +22,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from fomo.atomic import write_atomically
 from fomo.errors import Failure, Interrupted, UserError, one_line
@@ -30,6 +29,7 @@ from fomo.guide.inequalities import SCORED
 from fomo.guide.studies import Study, find_studies, resolve
 from fomo.guide.verdicts import Outcome, markdown, tally, write_document, write_results
 from fomo.load_recipe import ROOT
+from fomo.progress import Progress
 from fomo.recipe import Recipe, dump
 from fomo.runs.logs import evaluations
 
@@ -244,7 +244,7 @@ def run_jobs(jobs: list[Job], width: int, device: str) -> dict[str, str]:
     form = "{desc} |{bar}| {percentage:.0f} %, {elapsed} gone, {remaining} to go"
     with (
         Workers(min(width, max(1, len(runs))), device) as workers,
-        tqdm(total=sum(job.hours for job in [*models, *runs]), bar_format=form, disable=not runs) as bar,
+        Progress(total=sum(job.hours for job in [*models, *runs]), bar_format=form, disable=not runs) as bar,
     ):
         results = chain(workers.do(models), workers.do(runs))  # a model is there before a run needs it
         for done, (job, problem) in enumerate(results, 1):
