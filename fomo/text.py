@@ -12,3 +12,14 @@ def aligned(rows: list[list[str]], left: int = 1) -> str:
         for row in rows
     )
     return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def data_size(count: int) -> str:
+    """Bytes for people."""
+    unit, size = next(((u, s) for u, s in (("GB", 2**30), ("MB", 2**20)) if count >= s), ("kB", 2**10))
+    return f"{count / size:.1f} {unit}"
+
+
+def plural(number: int, one: str, several: str | None = None) -> str:
+    """1 picture, 1,000 pictures; `several` where it is more than an s: plural(n, "class is", "classes are")."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"

@@ -97,7 +97,7 @@ def planned_steps(recipe: Recipe, work: Work | None, updates: int) -> int:
         return recipe.steps or 0
     steps = work.steps(total, updates)
     if steps < 1:
-        found = f"{total:g} is too little for one step in each of {updates} updates"
+        found = f"{total:g} is too little for a step in each update"
         raise UserError(f"budget.gflops: {found}, accepted: at least {work.minimum(updates):.4g}")
     return steps
 
@@ -233,7 +233,7 @@ def total_of(recipe: Recipe, finetuning: Work) -> float:
     if recipe.budget.gflops is not None:
         return recipe.budget.gflops
     if recipe.steps is None:
-        found = f"{recipe.budget.hours:g} hours are as many FLOPs as the machine makes of them"
+        found = f"{recipe.budget.hours:g} h is as many FLOPs as the machine makes of it"
         raise FieldError("budget.hours", f"{found}; say --set budget.gflops=N, steps or samples")
     return recipe.steps * recipe.stream.updates * finetuning.mafs_per_step
 

@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fomo.atomic import cache_root, make
+from fomo.cache_folder import hold_pixels
 from fomo.datasets.arrays import Arrays, in_chunks, read_array
 from fomo.datasets.sources.base import UNREADABLE, Source
 from fomo.errors import UserError
@@ -132,6 +133,7 @@ def open_pixels(source: Source, how: PreprocessCfg, name: str) -> Pixels | Decod
     """
     if source.cache == "never":
         return Decoded(source, how, name)
+    hold_pixels()
     folder = folder_of(source, how)
     if not folder.exists():
         if source.cache == "auto" and (reason := too_large(source, how.size)):

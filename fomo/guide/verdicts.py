@@ -35,6 +35,7 @@ from fomo.guide.tuning import choose_peak
 from fomo.report.columns import deviation, number
 from fomo.report.figures import Curve, plane_figure
 from fomo.report.page import Card, html_page, picture
+from fomo.text import plural
 
 COLUMNS = ("claim", "study", "paper", "verdict", "effect", "low", "high", "n", "seconds")
 FAILED, UNFINISHED, UNTESTED = "failed", "unfinished", "not tested"
@@ -306,7 +307,7 @@ def write_document(path: Path, outcomes: list[Outcome], findings: list[Finding],
         hours = sum(outcome.seconds.values()) / 3600
         parts += [
             f"## {outcome.study.title}",
-            f"`{command}`: {len(outcome.seconds)} runs, {hours:.1f} hours of single runs.",
+            f"`{command}`: {plural(len(outcome.seconds), 'run')}, {hours:.1f} hours of single runs.",
         ]
         parts += [markdown(rows) for rows in tables_of(outcome)]
     write_atomically(path, ("\n\n".join(parts) + "\n").encode())

@@ -37,6 +37,7 @@ from fomo.report.figures import (
 )
 from fomo.report.run_records import Group, group_runs, read_run
 from fomo.runs.logs import evaluations
+from fomo.text import plural
 
 SCORED = "the test samples scored during the run"  # a subset, unless the recipe or small sets say otherwise
 COSTS = {  # name in metrics.jsonl -> (title, unit, format)
@@ -231,7 +232,7 @@ def headline(group: Group) -> Card:
         values, change = f"{number(before)} → {number(after)}", number(after - before, "+.1f")
         tiles.append((f"{title} ({key.upper()})", values, change))
     done, planned = group.updates[-1], group.planned
-    progress = f"after {done} of {planned} updates" + ("" if done == planned else ", unfinished")
+    progress = f"after {done} of {plural(planned, 'update')}" + ("" if done == planned else ", unfinished")
     note = f"Percent on {test_sets(group)}, {progress}."
     if len(group.records) > 1:
         note += f" Mean ± standard deviation of {group.names}."
@@ -342,4 +343,4 @@ def report_run(folder: Path) -> str:
     known = [key for key in ("ka", "zs") if first[key] is not None]
     changes = ", ".join(f"{key.upper()} {first[key]:.1f} -> {last[key]:.1f}" for key in known)
     updates = last["update"] - first["update"]
-    return f"{changes} in {updates} update{'s' * (updates != 1)}; report: {page}"
+    return f"{changes} in {plural(updates, 'update')}; report: {page}"
