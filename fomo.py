@@ -160,10 +160,9 @@ def run_and_report(recipe, folder, ranks, **how):
 def go_on(run, data, out, device, workers):
     """The next update of a finished run, as a child run: its buffer is all that earlier updates taught."""
     from fomo.distributed import process_group
-    from fomo.runs.lineage import continue_run
+    from fomo.runs.lineage import child_run
 
-    with process_group(device) as ranks:
-        recipe, folder = ranks.broadcast_object(lambda: continue_run(Path(run), data, out))
+    with process_group(device) as ranks, child_run(Path(run), data, out, ranks) as (recipe, folder):
         run_and_report(recipe, folder, ranks, resume=True, device=device, workers=workers)
 
 

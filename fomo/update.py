@@ -27,7 +27,7 @@ from fomo.methods.base import Inputs, Weights
 from fomo.pretrain import starting_model
 from fomo.progress import Progress
 from fomo.recipe import Recipe, Temperature
-from fomo.runs.folder import Run
+from fomo.runs.folder import Run, way_on
 from fomo.runs.step_log import StepLog, Timed
 from fomo.schedules import learning_rate
 from fomo.train import Step, on_device, train
@@ -120,7 +120,7 @@ class Trainer:
             except Interrupted as stop:
                 self.save_checkpoint()
                 self.ranks.barrier()  # else another could tell of the checkpoint before it is there
-                raise Interrupted(stop.signum, f"saved, go on with --resume: {self.run.folder}") from None
+                raise Interrupted(stop.signum, f"saved, go on with: {way_on(self.run.folder)}") from None
 
     def train_update(self) -> None:
         """Train one update from where it stands, and leave in the model what is deployed."""
@@ -272,6 +272,7 @@ class Trainer:
         return {
             "roles": {test.name: test.role for test in tests},
             "classes": {test.name: test.classes for test in tests},
+            "contents": {test.name: test.content for test in tests},
             "stream": composition(self.pools.stream),
             "allowed": self.budget.allowed(),
         }

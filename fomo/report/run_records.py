@@ -19,7 +19,7 @@ import numpy as np
 from fomo.errors import UserError
 from fomo.report.columns import deviation
 from fomo.report.figures import SCORES, Curve, Within
-from fomo.runs.logs import read_lines, read_text
+from fomo.runs.logs import read_lines, read_text, refuse_missing
 from fomo.schedules import RateCurve, Schedule
 from fomo.schema import build, read_yaml
 
@@ -42,6 +42,7 @@ class Record:
 def read_run(folder: Path) -> Record:
     """Read what a report needs of a run folder."""
     folder = Path(folder)
+    refuse_missing(folder)
     lines = read_lines(folder / "metrics.jsonl")
     if not lines:
         raise UserError(f"{folder / 'metrics.jsonl'}: empty, the run has not been evaluated yet")

@@ -64,6 +64,10 @@ class Source:
         """What the sample is called within its dataset, wherever that lies."""
         return self.name_of(index)
 
+    def mark_of(self, index: int) -> str:
+        """What tells the sample from another that is called the same: the length of its file."""
+        return ""
+
     def key(self) -> str:
         """What the pixels depend on, as text: names the pixel cache, so it changes when they would."""
         raise NotImplementedError
@@ -95,6 +99,9 @@ class Part(Source):
 
     def id_of(self, index: int) -> str:
         return self.whole.id_of(int(self.numbers[index]))
+
+    def mark_of(self, index: int) -> str:
+        return self.whole.mark_of(int(self.numbers[index]))
 
     def key(self) -> str:
         return f"{len(self)} ({zlib.crc32(self.numbers.tobytes()):08x}) of {self.whole.key()}"
@@ -142,6 +149,9 @@ class PictureFiles(Source):
 
     def id_of(self, index: int) -> str:
         return self.files[index]
+
+    def mark_of(self, index: int) -> str:
+        return str(os.path.getsize(self.path_of(index)))
 
     def key(self) -> str:
         return f"{type(self).__name__} {Path(self.base).resolve()} {self.digest()}"

@@ -79,6 +79,9 @@ class Shards(Captioned, NumberedClasses):
     def id_of(self, index: int) -> str:
         return self.names[index]
 
+    def mark_of(self, index: int) -> str:
+        return str(self.sizes[index])
+
     def key(self) -> str:
         return f"webdataset {VERSION} " + " ".join(stamp(path) for path in self.files)
 

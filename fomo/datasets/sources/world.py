@@ -646,6 +646,9 @@ class World(Source):
         domain, concept, number = self.locate(index)
         return f"world {domain} {concept} {number}"
 
+    def mark_of(self, index: int) -> str:
+        return f"{self.style} {self.split}"  # pictures of another seed are other draws of the same
+
     def key(self) -> str:
         present = np.unique(self.labels).tolist()
         what = (self.domain, self.split, self.style, self.seed, self.size, self.per_concept, present)
