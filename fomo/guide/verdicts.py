@@ -208,7 +208,7 @@ def shown(of_runs: np.ndarray) -> str:
 def curve(name: str, runs: ScoresBySeed) -> Curve:
     values = {key: np.stack([scores[key] for scores in runs.values()]) for key in SCORED}  # (S, U)
     return Curve(
-        label=name,
+        label="joint upper bound" if name == JOINT else name,
         updates=list(range(values["ka"].shape[1])),
         mean={key: scores.mean(axis=0) for key, scores in values.items()},
         spread={key: deviation(scores) for key, scores in values.items()},

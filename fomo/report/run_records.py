@@ -9,6 +9,7 @@ Shapes: R runs of a group, U updates that all of them have reached.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ class Group:
         values = {key: self.values(key) for key in SCORES}
         frozen = self.frozen()
         return Curve(
-            label=self.label,
+            label=f"joint upper bound: {self.label}" if joint else self.label,
             updates=self.updates,
             mean={key: scores.mean(axis=0) for key, scores in values.items()},
             spread={key: deviation(scores) for key, scores in values.items()},
@@ -175,6 +176,12 @@ class Group:
     def planned(self) -> int:
         """T, the number of updates."""
         return self.records[0].recipe["stream"]["updates"]
+
+    @property
+    def taught(self) -> Counter | None:
+        """dataset -> concepts that the whole stream teaches; None in older runs."""
+        stream = self.records[0].constants.get("stream")
+        return sum(map(Counter, stream), Counter()) if stream else None
 
     @property
     def steps(self) -> int:
