@@ -11,6 +11,7 @@ import numpy as np
 from fomo.datasets.arrays import Strings
 from fomo.datasets.sources.base import IMAGE_SUFFIXES, NamedClasses, PictureFiles, captions_beside
 from fomo.errors import UserError
+from fomo.text import plural
 
 
 @dataclass
@@ -34,7 +35,8 @@ class Folder(PictureFiles, NamedClasses):
             names = self.class_names(list(found))
             self.number(names, [i for i, group in enumerate(found.values()) for _ in group])
             if loose:
-                self.notes = (f"{len(loose)} pictures are in no class folder, first: {min(loose)}; skipped",)
+                count = plural(len(loose), "picture is", "pictures are")
+                self.notes = (f"{count} in no class folder, first: {min(loose)}; skipped",)
         else:
             files = sorted(loose)
             self.classes, self.labels = [], np.broadcast_to(np.int64(-1), len(files))

@@ -8,6 +8,7 @@ from pathlib import Path
 from fomo.datasets.arrays import Captions, Strings
 from fomo.datasets.sources.base import Captioned, NamedClasses, PictureFiles, captions_beside, distinct
 from fomo.errors import UserError
+from fomo.text import plural
 
 csv.field_size_limit(10_000_000)  # characters of a caption; Python's own limit is 131,072
 
@@ -65,7 +66,8 @@ class Table(PictureFiles, Captioned, NamedClasses):
         number, other = next(iter(others.items()))
         both = f"{self.classes[self.labels[number]]!r} and {other!r}"
         first = f"first: {self.files[number]} ({both})"
-        return f"{len(others)} pictures have rows of several classes, {first}; only their first is used"
+        count = plural(len(others), "picture has", "pictures have")
+        return f"{count} rows of several classes, {first}; only the first of them is used"
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """(picture, caption, concept) of each row, empty where it has none."""

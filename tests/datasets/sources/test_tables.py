@@ -59,7 +59,7 @@ def test_a_picture_has_the_class_of_the_first_row_that_has_one_and_others_are_no
     source = Table(table(tmp_path, f"filepath,title,kind\n{rows}"), concept="kind")
     assert source.classes == ["ant", "fox"] and source.labels.tolist() == [1, 0]
     (note,) = source.notes
-    assert note.startswith("1 pictures have rows of several classes, first: pics/1.png ('ant' and 'fox')")
+    assert note.startswith("1 picture has rows of several classes, first: pics/1.png ('ant' and 'fox')")
 
 
 def test_shuffled_rows_are_the_same_pictures_with_the_same_captions(tmp_path):
