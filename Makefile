@@ -16,7 +16,7 @@ help: ## print this list
 
 install: $(VENV)/installed ## create .venv and install what running needs
 
-update: $(VENV)/installed ## the main job: a tiny CLIP lives through its updates, 2 minutes on 2 CPU cores once installed
+update: $(VENV)/installed ## the main job: install, then twenty updates of a tiny CLIP: 2 to 3 minutes on 2 CPU cores
 	$(PY) fomo.py update --recipe recipes/merge.yaml --resume
 
 test: $(VENV)/installed-dev ## the whole test suite
@@ -35,7 +35,7 @@ lint: $(VENV)/installed-dev ## ruff: mistakes and formatting
 reproduce: $(VENV)/installed ## every study of the guide, three hours on 2 CPU cores; make reproduce SEEDS=0: one hour
 	$(PY) fomo.py reproduce --scale $(SCALE) $(if $(SEEDS),--seeds $(SEEDS))
 
-clean: ## remove the environment and the runs (the cache in ~/.cache/fomo stays)
+clean: ## remove the environment and the runs (the cache stays, see data cache --clear)
 	rm -rf $(VENV) runs results .pytest_cache .ruff_cache
 
 $(VENV)/installed: requirements.txt

@@ -5,6 +5,7 @@ python fomo.py update --recipe recipes/finetune.yaml --set optimizer.lr=3e-4 --s
 python fomo.py report runs/merge-tiny-seed0 runs/finetune-tiny-seed1 -o both.html
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -36,21 +37,41 @@ class Commands(click.Group):
         ctx.exit(status)
 
 
+class Place(click.ParamType):
+    """A path, or a name that stands for one. A leading `~` is the home folder, quoted or not; no variables."""
+
+    name = "path"
+
+    def __init__(self, accepted):
+        self.accepted = accepted
+
+    def get_metavar(self, param, ctx):
+        return self.accepted
+
+    def convert(self, value, param, ctx):
+        if not value.strip():
+            name = param.opts[0] if isinstance(param, click.Option) else self.accepted
+            raise UserError(f"{name}: empty, accepted: {self.accepted}")
+        return os.path.expanduser(value)
+
+
 def shared_options(*names):
     """Several of the shared options at once."""
     shared = {
         "scale": click.option(
-            "--scale", metavar="NAME|FILE", help="Model, data, budget and defaults of a size."
+            "--scale", type=Place("NAME|FILE"), help="Model, data, budget and defaults of a size."
         ),
         "set": click.option(
             "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one recipe field."
         ),
         "seed": click.option("--seed", type=int, help="Seed of the stream and of every draw."),
         "model": click.option(
-            "--model", metavar="NAME/TAG|PATH", help="Start from this model, not the scale's."
+            "--model", type=Place("NAME/TAG|PATH"), help="Start from this model, not the scale's."
         ),
         "data": click.option(
-            "--data", metavar="FILE|DIR", help="A data file, a folder, a table or a shard; else the scale's."
+            "--data",
+            type=Place("FILE|DIR"),
+            help="A data file, a folder, a table or a shard; else the scale's.",
         ),
         "one_class": click.option(
             "--one-class", is_flag=True, help="Accept a folder with a single class, whose score says nothing."
@@ -75,14 +96,37 @@ def shared_options(*names):
     return decorate
 
 
+def show_version(ctx, param, wanted):
+    """What a report of a fault should say."""
+    if not wanted:
+        return
+    from importlib.metadata import version
+
+    from fomo import __version__
+
+    beside = ", ".join(f"{name} {version(name)}" for name in ("torch", "open_clip_torch"))
+    print(f"fomo {__version__} ({beside}, Python {sys.version.split()[0]})")
+    ctx.exit()
+
+
 @click.group(cls=Commands)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=show_version,
+    help="Show the versions of fomo, torch and open_clip.",
+)
 def cli():
     """Keep a CLIP model up to date over its life, under a compute budget, without forgetting what it knew."""
 
 
 @cli.command()
-@click.option("--recipe", "path", metavar="FILE", help="One experiment; by default recipes/guide.yaml.")
-@click.option("--out", metavar="DIR", help="The run folder; by default runs/RECIPE-SCALE-seedN or runs/DATA.")
+@click.option("--recipe", "path", type=Place("FILE"), help="One experiment; by default recipes/guide.yaml.")
+@click.option(
+    "--out", type=Place("DIR"), help="The run folder; by default runs/RECIPE-SCALE-seedN or runs/DATA."
+)
 @click.option("--resume", is_flag=True, help="Go on where the run folder stands.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
 @shared_options("one_class", "model", "data", "scale", "set", "seed", "device", "workers")
@@ -113,22 +157,26 @@ def run_and_report(recipe, folder, ranks, **how):
 
 
 @cli.command("continue")
-@click.argument("run", metavar="RUN")
-@click.option("--data", required=True, metavar="FILE|DIR", help="What the next update teaches.")
-@click.option("--out", metavar="DIR", help="The child's run folder; by default beside RUN, as RUN-updateN.")
+@click.argument("run", type=Place("RUN"))
+@click.option("--data", required=True, type=Place("FILE|DIR"), help="What the next update teaches.")
+@click.option(
+    "--out", type=Place("DIR"), help="The child's run folder; by default beside RUN, as RUN-updateN."
+)
 @shared_options("one_class", "device", "workers")
 def go_on(run, data, out, one_class, device, workers):
     """The next update of a finished run, as a child run: its buffer is all that earlier updates taught."""
     from fomo.distributed import process_group
-    from fomo.runs.lineage import continue_run
+    from fomo.runs.lineage import child_run
 
-    with process_group(device) as ranks:
-        recipe, folder = ranks.broadcast_object(lambda: continue_run(Path(run), data, out, one_class))
+    with (
+        process_group(device) as ranks,
+        child_run(Path(run), data, out, ranks, one_class) as (recipe, folder),
+    ):
         run_and_report(recipe, folder, ranks, resume=True, device=device, workers=workers)
 
 
 @cli.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", type=Place("RUN"))
 def log(run):
     """Every update that a run's model has lived through, its parents' too."""
     from fomo.runs.lineage import history
@@ -137,7 +185,7 @@ def log(run):
 
 
 @cli.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", type=Place("RUN"))
 @click.option("--to", "update_number", type=click.IntRange(min=0), required=True, metavar="N")
 def rollback(run, update_number):
     """Deploy update N again: model/ holds it and `continue` starts from it. Nothing is deleted."""
@@ -147,7 +195,7 @@ def rollback(run, update_number):
 
 
 @cli.command()
-@click.argument("run", metavar="RUN")
+@click.argument("run", type=Place("RUN"))
 @click.argument("a", type=click.IntRange(min=0))
 @click.argument("b", type=click.IntRange(min=0))
 def diff(run, a, b):
@@ -179,7 +227,7 @@ def eval(as_json, device, **options):
 @click.option(
     "-o",
     "out",
-    metavar="DIR|FILE",
+    type=Place("DIR|FILE"),
     help="Train it anew, as a directory or as FILE.safetensors and FILE.json.",
 )
 @shared_options("scale", "set", "device")
@@ -195,10 +243,14 @@ def pretrain(out, device, **options):
 @click.option(
     "--rule", required=True, metavar="RULE", help="interpolate, slerp, ties, ...: see fomo/weights.py."
 )
-@click.option("--base", metavar="MODEL", help="The common original, for rules on task vectors.")
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--base", type=Place("MODEL"), help="The common original, for rules on task vectors.")
+@click.argument("models", nargs=-1, required=True, type=Place("MODEL"))
 @click.option(
-    "-o", "out", required=True, metavar="FILE|DIR", help="A file of weights, a model directory, or a plot."
+    "-o",
+    "out",
+    required=True,
+    type=Place("FILE|DIR"),
+    help="A file of weights, a model directory, or a plot.",
 )
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", help="A parameter of the rule, as keep=0.5."
@@ -223,12 +275,12 @@ def merge(rule, base, models, out, settings, dtype, sweep, data, device):
 
 
 @cli.command()
-@click.option("--order", metavar="ORDER|FILE.json", help="One of the paper's six, or a stream file.")
+@click.option("--order", type=Place("ORDER|FILE.json"), help="One of the paper's six, or a stream file.")
 @click.option("--updates", type=int, metavar="T", help="Into so many chunks; by default the scale's.")
 @click.option("--per-dataset", is_flag=True, help="One update per dataset instead of T equal chunks.")
 @click.option("--reverse", is_flag=True, help="The exact reversal.")
-@click.option("--plot", metavar="FILE", help="Draw which dataset feeds which update (.png, .svg).")
-@click.option("-o", "out", metavar="FILE.json", help="Write the stream in the official format.")
+@click.option("--plot", type=Place("FILE"), help="Draw which dataset feeds which update (.png, .svg).")
+@click.option("-o", "out", type=Place("FILE.json"), help="Write the stream in the official format.")
 @shared_options("data", "model", "scale", "set", "seed", "device")
 def stream(plot, out, device, order, updates, per_dataset, reverse, **options):
     """Show the stream of a data file: what each update would learn, in which order."""
@@ -252,7 +304,7 @@ def stream(plot, out, device, order, updates, per_dataset, reverse, **options):
     "--updates", default="20,50,100,200", show_default=True, metavar="T,T", help="Columns of steps."
 )
 @click.option(
-    "--memory-table", metavar="FILE", help="CSV method,peak_gib: peaks in place of the counted ones."
+    "--memory-table", type=Place("FILE"), help="CSV method,peak_gib: peaks in place of the counted ones."
 )
 @click.option(
     "--fisher", type=click.Choice(["once", "per_step"]), help="How EWC's Fisher pass is charged; the scale's."
@@ -269,12 +321,14 @@ def budget(methods, updates, memory_table, fisher, measured, as_json, **options)
 
 
 @cli.command()
-@click.option("--recipe", "paths", multiple=True, required=True, metavar="FILE", help="Several are overlaid.")
+@click.option(
+    "--recipe", "paths", multiple=True, required=True, type=Place("FILE"), help="Several are overlaid."
+)
 @click.option(
     "--steps", type=click.IntRange(min=1), metavar="N", help="Per update; by default what the budget allows."
 )
 @click.option("--csv", "as_csv", is_flag=True, help="Every step as a line update,step,lr.")
-@click.option("--plot", metavar="FILE", help="Draw all updates (.png, .svg).")
+@click.option("--plot", type=Place("FILE"), help="Draw all updates (.png, .svg).")
 @shared_options("scale", "set", "seed")
 def schedule(paths, steps, as_csv, plot, **options):
     """Show the learning rate over all updates: as a table, as CSV, or drawn. Needs no data."""
@@ -284,8 +338,8 @@ def schedule(paths, steps, as_csv, plot, **options):
 
 
 @cli.command()
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("-o", "out", metavar="FILE.html", help="By default report.html in the first run.")
+@click.argument("runs", nargs=-1, required=True, type=Place("RUN"))
+@click.option("-o", "out", type=Place("FILE.html"), help="By default report.html in the first run.")
 def report(runs, out):
     """Draw one or several runs: the KA-ZS plane, scores over updates, what each dataset gained or lost.
 
@@ -297,13 +351,13 @@ def report(runs, out):
 
 
 @cli.command()
-@click.argument("studies", nargs=-1, metavar="[STUDY]...")
+@click.argument("studies", nargs=-1, type=Place("STUDY"))
 @click.option("--seeds", metavar="S,S,...", help="By default those of each study: 0,1,2.")
 @click.option(
     "--shard", metavar="I/N", help="Only the I-th of N parts of the runs, for a cluster's job array."
 )
 @click.option("--dry-run", is_flag=True, help="List the runs with estimated hours; write nothing.")
-@click.option("--out", metavar="DIR", help="Runs and results; by default results/SCALE.")
+@click.option("--out", type=Place("DIR"), help="Runs and results; by default results/SCALE.")
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Runs side by side; by default one per core, or per GPU."
 )
@@ -329,7 +383,7 @@ def data():
 
 
 @data.command("list")
-@click.option("--root", metavar="DIR", help="Say what of it is in this folder (the authors' layout).")
+@click.option("--root", type=Place("DIR"), help="Say what of it is in this folder (the authors' layout).")
 def list_datasets(root):
     """The paper's 63 datasets: sizes, classes, domain, and where each can be had."""
     from fomo.datasets.sources.catalogue import listing
@@ -338,30 +392,51 @@ def list_datasets(root):
 
 
 @data.command("check")
-@click.argument("path", metavar="FILE|DIR")
-@click.option("--plot", metavar="DIR", help="Draw a contact sheet of each dataset there.")
-@click.option("--model", metavar="NAME/TAG|PATH", help="Whose captions they must fit; by default any CLIP's.")
+@click.argument("path", type=Place("FILE|DIR"))
+@click.option("--plot", type=Place("DIR"), help="Draw a contact sheet of each dataset there.")
+@click.option(
+    "--model", type=Place("NAME/TAG|PATH"), help="Whose captions they must fit; by default any CLIP's."
+)
 def check_data(path, plot, model):
     """Open everything that a data file names; exit 2 where something would keep a run from making sense."""
     from fomo.datasets.check import check
     from fomo.datasets.infer import given
     from fomo.load_recipe import load
+    from fomo.text import plural
 
     with given(path) as file:
         found = check(file, plot, load(None, data=file, model=model).model if model else None)
     print(found.text())
     if found.errors:
-        raise UserError(f"{path}: {len(found.errors)} errors, first: {found.errors[0]}")
+        raise UserError(f"{path}: {plural(len(found.errors), 'error')}, first: {found.errors[0]}")
 
 
 @data.command("cache")
-@click.argument("path", metavar="FILE|DIR")
+@click.argument("path", required=False, type=Place("FILE|DIR"))
 @click.option(
-    "--size", type=click.IntRange(min=1), help="Side in pixels; by default the file's or the scale's."
+    "--size",
+    is_flag=False,
+    flag_value=0,
+    type=click.IntRange(min=0),
+    metavar="[N]",
+    help="Side in pixels; by default the file's or the scale's. Without N and FILE: how large the cache is.",
 )
+@click.option("--clear", is_flag=True, help="Empty the cache but for what other processes work with.")
 @shared_options("scale", "set", "model")
-def cache_data(path, size, **options):
-    """Decode and resize every picture of a data file once, in parallel; `update` would do it on first use."""
+def cache_data(path, size, clear, **options):
+    """Decode and resize every picture of a data file once, in parallel; `update` would do it on first use.
+
+    Without FILE, say where the cache is and how large.
+    """
+    from fomo import cache_folder
+
+    if clear and (path or size):
+        raise UserError("--clear: empties the whole cache, it takes no FILE and no --size N")
+    if size is not None and bool(size) != (path is not None):
+        raise UserError("--size: takes the side in pixels with a FILE, and nothing without")
+    if path is None:
+        print(cache_folder.clear() if clear else cache_folder.overview())
+        return
     from fomo.datasets.check import as_cached, fill_caches
     from fomo.datasets.infer import given
     from fomo.load_recipe import load

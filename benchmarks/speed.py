@@ -33,7 +33,6 @@ from open_clip.transform import AugmentationCfg, image_transform
 from open_clip_train.train import train_one_epoch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -54,6 +53,7 @@ from fomo.distributed import ALONE, Ranks  # noqa: E402
 from fomo.errors import Failure, UserError  # noqa: E402
 from fomo.load_recipe import load  # noqa: E402
 from fomo.methods import Method  # noqa: E402
+from fomo.progress import Progress  # noqa: E402
 from fomo.recipe import Optimizer  # noqa: E402
 from fomo.runs.step_log import Timed  # noqa: E402
 from fomo.train import train  # noqa: E402
@@ -149,7 +149,7 @@ def compare(case: Case, folder: Path, turns: int) -> list[dict]:
     done: dict[str, list[Turn]] = {name: [] for name in SIDES}
     with ExitStack() as stack:
         sides = {name: stack.enter_context(contender(name, case, folder)) for name in SIDES}
-        for _ in tqdm(range(turns), desc=f"training {case.model}", unit="turn", leave=False):
+        for _ in Progress(range(turns), desc=f"training {case.model}", unit="turn", leave=False):
             for name, take_turn in sides.items():
                 done[name].append(take_turn())
     return [

@@ -6,6 +6,7 @@ how they are resized). Where more than one fits, nothing is guessed.
 
 import difflib
 import functools
+import os
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -34,7 +35,7 @@ def locate(name: str | None, pretrained: str | None) -> tuple[str | None, Path |
     if name and pretrained and name.startswith((HUB, LOCAL)):
         raise UserError(f"model.pretrained: got {pretrained}, accepted: none, {name} has weights of its own")
     if name is None or name.startswith(LOCAL):
-        path = Path((name or pretrained).removeprefix(LOCAL))
+        path = Path((name or pretrained).removeprefix(LOCAL)).expanduser()
         if not path.exists():
             raise UserError(
                 f"model {label}: no such file or directory; an open_clip model is written NAME/TAG"
@@ -51,7 +52,7 @@ def locate(name: str | None, pretrained: str | None) -> tuple[str | None, Path |
     if open_clip.get_pretrained_cfg(base, tag):
         base = f"{base}/{tag}"
     else:
-        tag, file = "", rest
+        tag, file = "", os.path.expanduser(rest)
     if (file and not Path(file).exists()) or not (file or tag):
         tags = open_clip.list_pretrained_tags_by_model(base)
         shown = difflib.get_close_matches(rest, tags, n=3) or tags[:3]

@@ -132,8 +132,11 @@ class OnDisk(Mapping):
 
 
 def cache_root() -> Path:
-    """Where everything that can be made again is kept: $FOMO_CACHE or ~/.cache/fomo."""
-    return Path(os.environ.get("FOMO_CACHE") or "~/.cache/fomo").expanduser()
+    """Where all that can be made again is kept: $FOMO_CACHE, else $XDG_CACHE_HOME/fomo, else ~/.cache/fomo."""
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not shared.is_absolute():  # the specification: such a value is to be ignored
+        shared = Path("~/.cache")
+    return Path(os.environ.get("FOMO_CACHE") or shared / "fomo").expanduser()
 
 
 def make(folder: Path, fill: Callable[[Path], None]) -> None:

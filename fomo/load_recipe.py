@@ -67,13 +67,17 @@ def has(values: dict, dotted: str) -> bool:
 def read_fields(path: Path) -> dict:
     """The fields that a file gives, with absolute paths."""
     values = checked_sections(read_yaml(path), path)
+    for section, key in path_fields(values):
+        section[key] = locate(section[key], path)
+    return values
+
+
+def path_fields(values: dict) -> list[tuple[dict, str]]:
+    """The sections and keys of those given fields that are paths."""
     pretraining, stream = values.get("model", {}).get("pretraining"), values.get("stream")
     paths = [(values, "data"), *((pretraining, key) for key in ("data", "stored"))]
     paths += [(stream, key) for key in ("file", "counts")]
-    for section, key in paths:
-        if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = locate(section[key], path)
-    return values
+    return [(s, key) for s, key in paths if isinstance(s, dict) and isinstance(s.get(key), str)]
 
 
 def checked_sections(values: dict, origin: str | Path) -> dict:
@@ -154,6 +158,8 @@ def command_line(model: str | None, data: str | None, seed: int | None, override
     if data is not None:
         values["data"] = str(Path(data).resolve())
     checked_sections(values, "command line")
+    for section, key in path_fields(values):
+        section[key] = os.path.abspath(os.path.expanduser(section[key]))
     if model is not None:  # below --set model.name=NAME, which says what a file is
         values["model"] = {**split_model(model), **values.get("model", {})}
     return values
@@ -161,9 +167,9 @@ def command_line(model: str | None, data: str | None, seed: int | None, override
 
 def split_model(text: str) -> dict:
     """--model NAME/TAG or a path -> the `model` section."""
-    if Path(text).exists() or text.startswith((".", "/", "~")):
+    if Path(text).exists() or text.startswith((".", "/")):
         # A link stays one: what lies beside it says what the model is.
-        return {"pretrained": os.path.abspath(Path(text).expanduser())}
+        return {"pretrained": os.path.abspath(text)}
     if text.startswith(("hf-hub:", "local-dir:")):
         return {"name": text}
     name, _, tag = text.partition("/")

@@ -27,6 +27,7 @@ from fomo.devices import pick_device
 from fomo.errors import UserError
 from fomo.eval.zero_shot import evaluate
 from fomo.load_recipe import set_path, split_model
+from fomo.progress import Progress
 from fomo.report.figures import render, sweep_figure
 from fomo.schema import differences
 from fomo.text import aligned
@@ -111,7 +112,9 @@ def merge(
             raise UserError(f"-o {out}: is a model that is merged ({model.label}), choose another place")
     clip = None if as_file else model_of(opened)
     merged = weights.merge(rule, opened, origin)
-    result = dict(tqdm(merged, total=len(opened[-1]), desc=f"merging by {name}", unit="tensor", leave=False))
+    result = dict(
+        Progress(merged, total=len(opened[-1]), desc=f"merging by {name}", unit="tensor", leave=False)
+    )
     found = sorted({str(t.dtype)[6:] for m in opened for t in m.values() if t.is_floating_point()})
     if len(found) > 1 and not dtype:
         widest = "each tensor is stored in the widest; another: --dtype"
@@ -164,7 +167,7 @@ def sweep(
     tests = open_tests(data, clip, data.image_size or clip.image_size)
     whole = {test.name: test.usable for test in tests}
     rows = []
-    for text, rule in zip(tqdm(texts, desc=f"sweeping {key}", leave=False), rules, strict=True):
+    for text, rule in zip(Progress(texts, desc=f"sweeping {key}", leave=False), rules, strict=True):
         load_weights(clip.model, Checkpoint("merged", dict(weights.merge(rule, opened, origin))))
         rows.append({key: yaml.safe_load(text), **evaluate(clip, tests, whole, place)[0].means})
     out.parent.mkdir(parents=True, exist_ok=True)

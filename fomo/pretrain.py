@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from fomo.atomic import cache_root, make, write_atomically, write_tensors
 from fomo.clip import Clip, load, new, save
@@ -25,6 +24,7 @@ from fomo.distributed import ALONE
 from fomo.errors import UserError
 from fomo.eval.zero_shot import evaluate_data
 from fomo.methods import Method
+from fomo.progress import Progress
 from fomo.recipe import Model, Optimizer, Pretraining, Recipe
 from fomo.schedules import Schedule, learning_rate
 from fomo.train import train
@@ -152,7 +152,7 @@ def train_base(model: Model, device: torch.device) -> tuple[Clip, dict]:
         draws=(settings.seed,),
     )
     losses = []
-    with tqdm(total=steps, desc="pretraining the base model, once", unit="step") as bar:
+    with Progress(total=steps, desc="pretraining the base model, once", unit="step") as bar:
         for step in done:
             bar.update()
             losses.append(step.loss)

@@ -13,6 +13,7 @@ import yaml
 from fomo.errors import FieldError
 from fomo.schedules import Schedule
 from fomo.schema import Count, Natural, NotNegative, Positive, Range, Share
+from fomo.text import plural
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Optimizer:
 
     def __post_init__(self):
         if self.accumulate > self.batch_size:
-            found = f"{self.accumulate} parts of {self.batch_size} pairs"
+            found = f"{self.accumulate} parts of {plural(self.batch_size, 'pair')}"
             raise FieldError("optimizer.accumulate", f"got {found}, accepted: at most a part per pair")
         if len(self.betas) != 2:
             raise FieldError("optimizer.betas", f"got {self.betas}, accepted: two numbers")

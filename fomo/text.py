@@ -14,10 +14,15 @@ def aligned(rows: list[list[str]], left: int = 1) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def many(count: int, noun: str) -> str:
-    """1 picture, 2,000 pictures, 2 classes."""
-    plural = noun if count == 1 else noun + ("es" if noun.endswith(("s", "ch", "x")) else "s")
-    return f"{count:,} {plural}"
+def data_size(count: int) -> str:
+    """Bytes for people."""
+    unit, size = next(((u, s) for u, s in (("GB", 2**30), ("MB", 2**20)) if count >= s), ("kB", 2**10))
+    return f"{count / size:.1f} {unit}"
+
+
+def plural(number: int, one: str, several: str | None = None) -> str:
+    """1 picture, 1,000 pictures; `several` where it is more than an s: plural(n, "class is", "classes are")."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def shortened(names: list[str]) -> str:

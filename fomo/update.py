@@ -26,11 +26,12 @@ from fomo.eval.scorer import Scorer
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Weights
 from fomo.pretrain import starting_model
+from fomo.progress import Progress
 from fomo.recipe import Recipe, Temperature
-from fomo.runs.folder import Run
+from fomo.runs.folder import Run, way_on
 from fomo.runs.step_log import StepLog, Timed
 from fomo.schedules import learning_rate
-from fomo.text import many
+from fomo.text import plural
 from fomo.train import Step, on_device, train
 
 CHECKPOINT_SECONDS = 300  # between checkpoints within an update
@@ -65,7 +66,7 @@ def run_recipe(
             trainer.restore(checkpoint)
         if begins and ranks.first and run.position.steps:
             updates, steps = run.position.updates - run.position.update, run.position.steps
-            plan = f"{many(updates, 'update')} of {many(steps, 'step')}"
+            plan = f"{plural(updates, 'update')} of {plural(steps, 'step')}"
             tqdm.write(f"{plan}, each of {recipe.optimizer.batch_size} pairs", file=sys.stderr)
         trainer.run_updates()
     finally:
@@ -89,7 +90,7 @@ class Trainer:
         self.tuned: Weights = {}  # by the last update, before any merge, for `evaluation.keeps`
         self.max_scale = self.bound_of_scale()
         self.scorer = Scorer(clip, self.pools, device, recipe.seed, run.check, self.ranks)
-        self.bar = tqdm(disable=True)
+        self.bar = Progress(disable=True)
 
     def prepare(self) -> list[nn.Parameter]:
         """Make the model what is trained; -> its parameters that are."""
@@ -117,7 +118,7 @@ class Trainer:
     def run_updates(self) -> None:
         position, updates = self.run.position, self.run.position.updates
         done = position.update * position.steps + position.step
-        with tqdm(total=updates * position.steps or None, initial=done, unit="step") as self.bar:
+        with Progress(total=updates * position.steps or None, initial=done, unit="step") as self.bar:
             try:
                 if not position.evaluated:
                     self.evaluate()
@@ -130,7 +131,7 @@ class Trainer:
             except Interrupted as stop:
                 self.save_checkpoint()
                 self.ranks.barrier()  # else another could tell of the checkpoint before it is there
-                raise Interrupted(stop.signum, f"saved, go on with --resume: {self.run.folder}") from None
+                raise Interrupted(stop.signum, f"saved, go on with: {way_on(self.run.folder)}") from None
 
     def train_update(self) -> None:
         """Train one update from where it stands, and leave in the model what is deployed."""
@@ -282,6 +283,7 @@ class Trainer:
         return {
             "roles": {test.name: test.role for test in tests},
             "classes": {test.name: test.classes for test in tests},
+            "contents": {test.name: test.content for test in tests},
             "stream": composition(self.pools.stream),
             "allowed": self.budget.allowed(),
         }

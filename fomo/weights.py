@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fomo.errors import FieldError, UserError
 from fomo.schema import Range, Share, build, dotted, one_of
+from fomo.text import plural
 
 Weights = Mapping[str, Tensor]
 Named = Iterator[tuple[str, Tensor]]
@@ -107,7 +108,7 @@ class Stack:
     def compare(self, other: Weights, label: str, newest: str) -> None:
         if odd := sorted(set(other) ^ set(self.kinds)):
             first = ", ".join(f"{name} only in {label if name in other else newest}" for name in odd[:3])
-            raise UserError(f"models differ in {len(odd)} tensor names: {first}")
+            raise UserError(f"models differ in {plural(len(odd), 'tensor name')}: {first}")
         for name, kind in self.kinds.items():
             shape, dtype, _ = kind_of(other[name])
             if shape != kind.shape or dtype.is_floating_point != kind.dtype.is_floating_point:

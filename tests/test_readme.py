@@ -21,6 +21,16 @@ def test_every_file_that_the_readme_links_is_there():
         assert any((place / link).exists() for place in places), link
 
 
+def test_readme_and_makefile_agree_on_what_the_first_command_takes():
+    minutes = (
+        r"make update .*?(\d+ to \d+ minutes on 2 CPU cores)",
+        r"\nupdate: .*?(\d+ to \d+ minutes on 2 CPU cores)",
+    )
+    texts = README, (ROOT / "Makefile").read_text(encoding="utf-8")
+    said = {re.search(pattern, text)[1] for pattern, text in zip(minutes, texts, strict=True)}
+    assert len(said) == 1
+
+
 def test_the_example_method_works_with_one_line_in_methods(small_scale, tmp_path, monkeypatch):
     from dataclasses import dataclass, field
 

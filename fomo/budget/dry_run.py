@@ -13,6 +13,7 @@ from fomo.datasets.stream import concepts_of
 from fomo.datasets.understood import opened_and_said
 from fomo.devices import Precision, pick_device
 from fomo.recipe import Recipe
+from fomo.text import plural
 
 USED = 0.4  # of the matrix rate that training reaches: a guess until the run has timed itself
 
@@ -30,12 +31,13 @@ def dry_run(recipe: Recipe, device: str) -> str:
     tests = [source for entry in entries if (source := entry.open("test")) is not None]
     scored = sum(map(len, tests))
     pools = len(data.pretraining)
-    pool = f"a pretraining pool of {pools} sources" if pools else "no pretraining pool"
+    pool = f"a pretraining pool of {plural(pools, 'source')}" if pools else "no pretraining pool"
     updates, work = recipe.stream.updates, work_of(recipe)
     rate = matrix_rate(place, Precision(recipe.precision, place).dtype) / 1e9
+    learnt = f"{plural(len(concepts), 'concept')} with {plural(sum(sizes), 'picture')}"
     lines = [
-        f"learns {len(concepts)} concepts with {sum(sizes):,} pictures in {updates} updates; {pool}",
-        f"scored on {len(tests)} test sets with {scored:,} pictures",
+        f"learns {learnt} in {plural(updates, 'update')}; {pool}",
+        f"scored on {plural(len(tests), 'test set')} with {plural(scored, 'picture')}",
         *training_lines(recipe, work, updates, scored, rate),
         f"memory: {work.peak_memory / 2**30:.1f} GiB on the {place.type} for a step, of what torch allocates",
         f"disk: about {disk(recipe) / 2**30:.2g} GiB of weights and checkpoints in the run folder",
@@ -55,13 +57,14 @@ def training_lines(recipe: Recipe, work: Work, updates: int, scored: int, rate: 
     scoring = scored * forward * passes
     if recipe.budget.hours is not None:
         return [
-            f"each update takes {recipe.budget.hours:g} hours, as the recipe says; its first steps decide how many"
+            f"each update takes {recipe.budget.hours:g} h, as the recipe says; its first steps decide how many"
         ]
     steps = planned_steps(recipe, work, updates)
     training = updates * (steps * work.gflops_per_step + work.gflops_per_update)
     hours = (training + scoring) / (USED * rate) / 3600
+    pairs = plural(recipe.optimizer.batch_size, "pair")
     return [
-        f"steps: {steps:,} of {recipe.optimizer.batch_size} pairs per update, {updates * steps:,} in all, "
+        f"steps: {steps:,} of {pairs} per update, {updates * steps:,} in all, "
         f"{training:,.0f} GFLOPs; peak learning rate {recipe.optimizer.lr:g}",
         f"hours: about {hours:.2g}, {scoring / (training + scoring):.0%} of it scoring, at {USED:.0%} of the "
         f"{rate:,.0f} GFLOP/s of matrix products measured here; pictures are decoded once before",

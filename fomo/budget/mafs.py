@@ -18,7 +18,6 @@ from typing import Literal
 
 import open_clip
 import torch
-from tqdm import tqdm
 
 from fomo.architectures import configuration
 from fomo.atomic import cache_root, make
@@ -27,6 +26,7 @@ from fomo.datasets.mixture import sub_batches
 from fomo.errors import FieldError, UserError, one_line
 from fomo.load_recipe import ROOT, load
 from fomo.methods import innermost
+from fomo.progress import Progress
 from fomo.recipe import Model, Recipe
 from fomo.schema import Count, Positive, build, convert, one_of
 from fomo.text import aligned
@@ -97,7 +97,7 @@ def planned_steps(recipe: Recipe, work: Work | None, updates: int) -> int:
         return recipe.steps or 0
     steps = work.steps(total, updates)
     if steps < 1:
-        found = f"{total:g} is too little for one step in each of {updates} updates"
+        found = f"{total:g} is too little for a step in each update"
         raise UserError(f"budget.gflops: {found}, accepted: at least {work.minimum(updates):.4g}")
     return steps
 
@@ -207,7 +207,7 @@ def make_table(
     peaks = read_peaks(memory_table) if memory_table else {}
     recipes = {name: recipe_of(name, fisher, options) for name in dict.fromkeys(["finetune", *names])}
     finetuning = recipes["finetune"]
-    with tqdm(recipes.items(), desc="counting", unit="method", leave=False) as bar:
+    with Progress(recipes.items(), desc="counting", unit="method", leave=False) as bar:
         works = {name: work_of(recipe) for name, recipe in bar}
     on_device = {name: measure(training_of(recipes[name])) for name in names} if measured else {}
     return Table(
@@ -233,7 +233,7 @@ def total_of(recipe: Recipe, finetuning: Work) -> float:
     if recipe.budget.gflops is not None:
         return recipe.budget.gflops
     if recipe.steps is None:
-        found = f"{recipe.budget.hours:g} hours are as many FLOPs as the machine makes of them"
+        found = f"{recipe.budget.hours:g} h is as many FLOPs as the machine makes of it"
         raise FieldError("budget.hours", f"{found}; say --set budget.gflops=N, steps or samples")
     return recipe.steps * recipe.stream.updates * finetuning.mafs_per_step
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+
+from fomo.progress import Progress
 
 CHUNK = 128  # pictures that a process decodes at a time
 PARALLEL = 1000  # pictures from which on processes are worth their start
@@ -121,7 +122,7 @@ def in_chunks(call: Callable[[range], object], total: int, title: str) -> Iterat
     """`call` of the numbers below `total`, CHUNK at a time; with a bar, and in processes where there are many."""
     chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
     results = in_processes(call, chunks, cores() if total >= PARALLEL else 0)
-    with tqdm(total=total, desc=title, leave=False, unit="img") as bar:
+    with Progress(total=total, desc=title, leave=False, unit="img") as bar:
         for chunk, result in zip(chunks, results, strict=True):
             yield result
             bar.update(len(chunk))

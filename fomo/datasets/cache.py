@@ -25,9 +25,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from fomo.atomic import cache_root, make
+from fomo.cache_folder import hold_pixels
 from fomo.datasets.arrays import Arrays, in_chunks, read_array
 from fomo.datasets.sources.base import UNREADABLE, Source
 from fomo.errors import UserError
+from fomo.text import plural
 
 VERSION = 4  # of the file layout and of `shrink`; 3 turned, flattened and rounded otherwise
 LIMIT = 0.01  # share of pictures that may be unreadable
@@ -110,7 +112,7 @@ class Decoded:
         """Past the limit by more than chance explains (three standard deviations), it is an error."""
         self.broken.add(index)
         expected = LIMIT * self.drawn
-        found = f"{self.name}: {len(self.broken)} pictures cannot be read among {self.drawn} drawn"
+        found = f"{self.name}: {plural(len(self.broken), 'picture')} of {self.drawn} drawn cannot be read"
         if len(self.broken) > expected + 3 * math.sqrt(expected) + 5:
             raise UserError(f"{found}, last: {problem}; more than the limit of {LIMIT:.0%}")
         tqdm.write(f"{found}, last: {problem}; another stands in", file=sys.stderr)
@@ -132,6 +134,7 @@ def open_pixels(source: Source, how: PreprocessCfg, name: str) -> Pixels | Decod
     """
     if source.cache == "never":
         return Decoded(source, how, name)
+    hold_pixels()
     folder = folder_of(source, how)
     if not folder.exists():
         if source.cache == "auto" and (reason := too_large(source, how.size)):

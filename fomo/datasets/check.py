@@ -29,7 +29,7 @@ from fomo.datasets.sources.webdataset import Shards
 from fomo.datasets.understood import problems, say
 from fomo.errors import UserError
 from fomo.recipe import Model
-from fomo.text import aligned
+from fomo.text import aligned, plural
 
 COLUMNS, ROWS, TILE, TEXT = 6, 4, 128, 48  # of a contact sheet, in pictures and in pixels
 HEAD = ("dataset", "split", "pictures", "unreadable", "captions", "without", "concepts", "copies")
@@ -176,7 +176,7 @@ def compare(found: Findings) -> None:
         for where, other in train.items():
             same = np.isin(test.hashes, other.hashes) & (test.hashes > 0)
             if same.any():
-                what = f"{same.sum()} pictures are also in {where} (train)"
+                what = f"{plural(int(same.sum()), 'picture is', 'pictures are')} also in {where} (train)"
                 first = test.source.name_of(int(same.argmax()))
                 found.warnings.append(f"{test.name}: {what}, first: {first}")
             copied |= same
@@ -228,7 +228,7 @@ def fill_caches(path: str | Path, how: PreprocessCfg) -> str:
         pixels = open_pixels(source, how, f"{entry.where} ({split})")
         megabytes = pixels.meta["bytes"] / 2**20
         rows.append(
-            [entry.where, split, f"{len(source)} pictures", f"{megabytes:.1f} MB", str(pixels.folder)]
+            [entry.where, split, plural(len(source), "picture"), f"{megabytes:.1f} MB", str(pixels.folder)]
         )
     return aligned(rows, left=2) if rows else ""
 

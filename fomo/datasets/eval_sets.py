@@ -1,5 +1,7 @@
 """What is scored: the test splits of a data file, and the subsets of them that a run scores on its way."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,6 +9,7 @@ import numpy as np
 from fomo.clip import Clip
 from fomo.datasets.datafile import DataFile
 from fomo.datasets.samples import Samples, by_label
+from fomo.datasets.sources.base import Source
 from fomo.errors import UserError
 
 
@@ -19,6 +22,7 @@ class TestSet:
     usable: np.ndarray  # (N,) numbers of the samples that can be scored
     prompts: list[list[np.ndarray]]  # per template, the token ids of each of the C classes
     classes: list[str] = field(default_factory=list)  # the C names; the set's own if it is scored as a whole
+    content: str = ""  # a hash of what a score of it is a score of
 
 
 def open_tests(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
@@ -42,8 +46,20 @@ def open_tests(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
         prompts = [clip.tokenize([t.replace("{}", name) for name in source.classes]) for t in templates]
         classes = source.classes if entry.task == "classification" else [entry.name]
         kept = np.flatnonzero(usable)
-        tests.append(TestSet(entry.name, entry.role, entry.task, samples, kept, prompts, classes))
+        content = content_hash(source, entry.task, kept)
+        tests.append(TestSet(entry.name, entry.role, entry.task, samples, kept, prompts, classes, content))
     return tests
+
+
+def content_hash(source: Source, task: str, numbers: np.ndarray) -> str:
+    """Tells test sets of one name apart, wherever they lie: by pictures' names and lengths, labels and prompts."""
+    digest = hashlib.sha256(json.dumps([task, source.classes, source.prompts]).encode())
+    digest.update(source.labels[numbers].tobytes())
+    sizes = source.byte_sizes()
+    for index in numbers.tolist():
+        picture = f"{source.id_of(index)} {'' if sizes is None else sizes[index]}\n"
+        digest.update(picture.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()[:16]
 
 
 def subset(test: TestSet, share: float, seed: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from fomo.datasets.sources.base import IMAGE_SUFFIXES, Part, PictureFiles, Sourc
 from fomo.datasets.sources.folders import Tree
 from fomo.datasets.stream import concepts_of
 from fomo.errors import UserError
-from fomo.text import many
+from fomo.text import plural
 
 # What `recipe_for` chooses:
 PASSES = 10  # over the pictures
@@ -103,8 +103,8 @@ def unused(layout: Layout, sources: list[Source]) -> list[str]:
         if isinstance(files, PictureFiles):
             used |= {os.path.realpath(files.path_of(index)) for index in range(len(files))}
     left = [file for file in tree.all_pictures() if os.path.realpath(file) not in used]
-    lines = [f"{many(len(left), 'picture')} in no row, first: {tree.relative(left[0])}"] if left else []
-    return lines
+    count = plural(len(left), "picture is", "pictures are")
+    return [f"{count} in no row, first: {tree.relative(left[0])}"] if left else []
 
 
 def useless_captions(source: Source) -> list[str]:

@@ -21,7 +21,7 @@ from fomo.datasets.sources.split_names import TESTS, TRAIN, chosen_test, split_i
 from fomo.datasets.sources.tables import Ends
 from fomo.datasets.sources.webdataset import NAMES_FILES
 from fomo.errors import UserError
-from fomo.text import many, shortened
+from fomo.text import plural, shortened
 
 ACCEPTED = (
     "class folders, pictures with captions in .txt files, "
@@ -251,7 +251,7 @@ def in_pictures(tree: Tree) -> Layout:
         raise UserError(f"{tree.path}: pictures lie at several depths of folders ({some}): {remedy}")
     (level,) = counts
     if loose >= counts[level]:
-        what = f"{many(loose, 'picture')} in no class folder (first: {depths[0]}), {counts[level]} in one"
+        what = f"{plural(loose, 'picture')} in no class folder (first: {depths[0]}), {counts[level]} in one"
         raise UserError(f"{tree.path}: {what}; move them into class folders, or away")
     classes = [folder for folder in tree.at(level) if folder.holds_pictures()]
     notes = []
@@ -279,7 +279,7 @@ def flat(tree: Tree) -> Layout:
             f"{tree.path}: {boxes[0]} holds boxes (YOLO), not captions; cut them out as class folders"
         )
     if not texts:
-        count = many(len(tree.pictures), "picture")
+        count = plural(len(tree.pictures), "picture")
         problem = f"{count}, neither class folders nor a .txt with a caption beside a picture"
         raise UserError(f"{tree.path}: {problem}{unread(tree)}; accepted: {ACCEPTED}")
     return Layout({"source": "folder", "train": [tree.path]})

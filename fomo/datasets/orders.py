@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from fomo.clip import Clip
 from fomo.datasets.datafile import DataFile
@@ -29,8 +28,10 @@ from fomo.datasets.samples import Samples
 from fomo.datasets.sources.base import Source
 from fomo.datasets.stream import SEPARATOR, Concept, cut, folders_of, match, plain
 from fomo.errors import UserError
+from fomo.progress import Progress
 from fomo.recipe import Stream
 from fomo.schema import NotNegative, convert
+from fomo.text import plural
 
 STARTS = 64  # nearest-neighbour paths that are tried; the paper tries all n
 PAIRS, OTHERS = 50, 50  # pairs of a concept, and of the pretraining pool among them (paper, section 3.3)
@@ -161,11 +162,12 @@ def counts_from(path: str, concepts: list[Concept], data: DataFile) -> list[floa
     absent = [c.name for c, both in zip(concepts, keys, strict=True) if not counts.keys() & both]
     if len(absent) == len(concepts):
         raise UserError(
-            f"{path}: names none of the {len(concepts):,} concepts of {data.path}, as {absent[0]!r}"
+            f"{path}: names none of the {plural(len(concepts), 'concept')} of {data.path}, as {absent[0]!r}"
         )
     if absent:
-        some = ", ".join(sorted(absent)[:5])
-        print(f"{path}: {len(absent):,} class names are not in it and count 0: {some} ...", file=sys.stderr)
+        some = ", ".join(sorted(absent)[:5]) + ", ..." * (len(absent) > 5)
+        missing = plural(len(absent), "class name is", "class names are")
+        print(f"{path}: {missing} not in it and count 0: {some}", file=sys.stderr)
     return [counts.get(full, counts.get(name, 0)) for full, name in keys]
 
 
@@ -250,7 +252,7 @@ def concept_losses(concepts: list[Concept], context: Context) -> list[float]:
         pool = [context.samples(name) for name in names]
     mixed = pool_features(context, pool, rng)
     losses: dict[tuple[str, int], float] = {}
-    for name in tqdm(names, desc="performance", unit="dataset", leave=False):
+    for name in Progress(names, desc="performance", unit="dataset", leave=False):
         samples = context.samples(name)
         usable = np.flatnonzero(samples.complete())
         for label in sorted(c.label for c in concepts if c.dataset == name):

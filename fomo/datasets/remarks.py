@@ -20,7 +20,7 @@ from fomo.datasets.datafile import DataFile, Entry
 from fomo.datasets.sources.base import UNREADABLE, Source, peculiarities
 from fomo.datasets.stream import plain
 from fomo.recipe import Model
-from fomo.text import many
+from fomo.text import plural, shortened
 
 LOOKED = 1000
 LONGEST = 16  # contexts up to which a caption's tokens are counted
@@ -193,6 +193,6 @@ def one_sided(names: list[str], splits: dict[str, Source]) -> list[str]:
         (trained - tested, "trained but never scored"),
     ):
         if only:
-            some = [names[label] for label in sorted(only)[:3]]
-            lines.append(f"{many(len(only), 'class')} {what}: {', '.join(some)}{', ...' * (len(only) > 3)}")
+            count = plural(len(only), "class is", "classes are")
+            lines.append(f"{count} {what}: {shortened([names[label] for label in sorted(only)])}")
     return lines

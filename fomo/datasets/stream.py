@@ -16,6 +16,7 @@ import numpy as np
 from fomo.datasets.datafile import DataFile
 from fomo.datasets.sources.catalogue import catalogue, find
 from fomo.errors import UserError
+from fomo.text import plural
 
 SEPARATOR = "+++"
 NAMED = 20  # so many missing concepts are named one by one
@@ -58,7 +59,7 @@ def cut(concepts: list[Concept], updates: int, per_dataset: bool = False) -> lis
         for concept in concepts:
             chunks[concept.dataset].append(concept)
         if updates != len(chunks):
-            problem = f"one update per dataset makes {len(chunks)} updates, got {updates}"
+            problem = f"one update per dataset makes {plural(len(chunks), 'update')}, got {updates}"
             raise UserError(f"stream.updates: {problem}")
         return list(chunks.values())
     if updates > len(concepts):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from fomo.datasets.datafile import SPLITS, DataFile, Entry
 from fomo.datasets.sources.base import UNREADABLE, Source
 from fomo.errors import UserError
-from fomo.text import many, shortened
+from fomo.text import plural, shortened
 
 LOOKED = 1000  # test pictures that are looked for in what is trained on
 COMPARED = 20_000  # pictures trained on that have the size in bytes of one of them
@@ -54,7 +54,7 @@ def understood(data: DataFile, opened: list[tuple[Entry, Splits]]) -> Iterator[s
     entries = (*data.adaptation.values(), *data.evaluation.values())
     rendered = [entry.name for entry in entries if entry.source.rendered]
     if rendered and opened:  # of a world that is all rendered there is nothing to be understood wrongly
-        yield f"{data.path.name}: {many(len(rendered), 'set')} of rendered pictures ({shortened(rendered)})"
+        yield f"{data.path.name}: {plural(len(rendered), 'set')} of rendered pictures ({shortened(rendered)})"
     for entry, splits in opened:
         name = entry.where if entry.role == "pretraining" else entry.name
         yield f"{name}: {what(entry, splits)}; {use(entry, splits)}"
@@ -68,22 +68,22 @@ def what(entry: Entry, splits: Splits) -> str:
     if retrieval or entry.role == "pretraining":
         captions = next((texts for i in range(min(len(source), 20)) if (texts := source.captions(i))), [""])
         example = f" ({captions[0][:60]!r}, ...)" if captions[0] else ""
-        return f"{many(total, 'picture')} with captions{example}"
+        return f"{plural(total, 'picture')} with captions{example}"
     counts = sum(np.bincount(s.labels[s.labels >= 0], minlength=len(source.classes)) for s in splits.values())
     present = counts[counts > 0]
     least, most = present.min(initial=total), present.max(initial=0)
-    each = many(int(most), "picture") if least == most else f"{least:,} to {most:,} pictures"
+    each = plural(int(most), "picture") if least == most else f"{least:,} to {most:,} pictures"
     labels, first = np.unique(source.labels, return_index=True)
     examples = [
         f"{source.classes[label]}: {os.path.basename(source.name_of(index))}"
         for label, index in zip(labels.tolist(), first.tolist(), strict=True)
         if label >= 0
     ]
-    return f"{many(len(present), 'class')} of {each} ({shortened(examples)})"
+    return f"{plural(len(present), 'class', 'classes')} of {each} ({shortened(examples)})"
 
 
 def use(entry: Entry, splits: Splits) -> str:
-    counts = {split: many(len(source), "picture") for split, source in splits.items()}
+    counts = {split: plural(len(source), "picture") for split, source in splits.items()}
     if entry.role == "pretraining":
         return "replayed"
     if entry.role == "evaluation":
@@ -131,7 +131,7 @@ def leaks(opened: list[tuple[Entry, Splits]]) -> Iterator[str]:
             if test is None or (name == entry.name and "holdout" in entry.spec):
                 continue
             if len(found := copies(test, train)):
-                of = f"{len(found)} of {many(min(len(test), LOOKED), 'test picture')}"
+                of = f"{len(found)} of {plural(min(len(test), LOOKED), 'test picture')}"
                 yield f"{entry.where}: {of} also trained on in {name}, first: {test.name_of(found[0])}"
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fomo.clip import Clip
 from fomo.datasets.features import image_features
@@ -16,6 +15,7 @@ from fomo.distributed import ALONE, Ranks
 from fomo.eval.ridge_baseline import trajectory
 from fomo.eval.transfer import Row, row_of, transfer
 from fomo.eval.zero_shot import Scores, drift, drift_features, drift_sample, evaluate
+from fomo.progress import Progress
 from fomo.weights import Interpolate, merge
 
 
@@ -34,7 +34,7 @@ class Scorer:
         """The scores on the subsets and, if asked for and different, on the whole test sets."""
         tests, subsets = self.pools.tests, self.pools.subsets
         pictures = sum(len(test.usable if full else subsets[test.name]) for test in tests)
-        with tqdm(total=pictures, desc="evaluating", unit="img", leave=False) as progress:
+        with Progress(total=pictures, desc="evaluating", unit="img", leave=False) as progress:
 
             def tick(n: int) -> None:
                 progress.update(n)
@@ -83,7 +83,7 @@ class Scorer:
         pools = self.pools
         tests = [t for t in pools.tests if t.role == "adaptation" and t.task == "classification"]
         updates = (pools.by_dataset(pools.numbers([concepts])) for concepts in pools.stream)
-        with tqdm(desc="frozen baseline", unit="img", leave=False) as progress:
+        with Progress(desc="frozen baseline", unit="img", leave=False) as progress:
 
             def features(samples: Samples, numbers: np.ndarray) -> Tensor:
                 return image_features(self.clip, samples, numbers, self.device, progress.update, self.ranks)

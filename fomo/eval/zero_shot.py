@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from fomo.clip import Clip
 from fomo.datasets import datafile
@@ -29,6 +28,7 @@ from fomo.datasets.eval_sets import TestSet, open_tests
 from fomo.datasets.features import image_features, text_features
 from fomo.datasets.samples import Collection
 from fomo.distributed import ALONE, Ranks
+from fomo.progress import Progress
 
 COMPARED = 4096  # pictures that are compared with all classes at a time
 TOP = 5
@@ -220,7 +220,7 @@ def evaluate_data(clip: Clip, path: str | Path, device: torch.device) -> Scores:
     data = datafile.read(path)
     tests = open_tests(data, clip, data.image_size or clip.image_size)
     pictures = sum(len(test.usable) for test in tests)
-    with tqdm(total=pictures, desc="evaluating", unit="img", leave=False) as bar:
+    with Progress(total=pictures, desc="evaluating", unit="img", leave=False) as bar:
         return evaluate(clip, tests, {t.name: t.usable for t in tests}, device, tick=bar.update)[0]
 
 

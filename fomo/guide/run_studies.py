@@ -22,7 +22,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from fomo.atomic import write_atomically
 from fomo.errors import Failure, Interrupted, UserError, one_line
@@ -30,8 +29,10 @@ from fomo.guide.inequalities import SCORED
 from fomo.guide.studies import Study, find_studies, resolve
 from fomo.guide.verdicts import Outcome, markdown, tally, write_document, write_results
 from fomo.load_recipe import ROOT
+from fomo.progress import Progress
 from fomo.recipe import Recipe, dump
 from fomo.runs.logs import evaluations
+from fomo.text import plural
 
 # What a run takes where nothing was measured yet; finished runs of the same folder correct it.
 SAMPLES_PER_SECOND = 1000  # `tiny` on a CPU core, ViT-B on a GPU
@@ -124,7 +125,8 @@ def correction(jobs: list[Job]) -> tuple[float, str]:
     measured = [(job.evaluations()[-1]["seconds"] / 3600, job.hours) for job in jobs if job.finished]
     if not measured:
         return 1.0, "assumed, as no run has finished yet"
-    return statistics.median(took / guess for took, guess in measured), f"from {len(measured)} finished runs"
+    factor = statistics.median(took / guess for took, guess in measured)
+    return factor, f"from {plural(len(measured), 'finished run')}"
 
 
 def listing(jobs: list[Job], everything: list[Job], width: int) -> str:
@@ -137,7 +139,7 @@ def listing(jobs: list[Job], everything: list[Job], width: int) -> str:
         state = "finished" if job.finished else "begun" if job.evaluations() else "to do"
         users = ", ".join(dict.fromkeys(f"{study}/{variant}" for study, variant, _ in job.needed_by))
         rows.append(f"{job.folder.name}  {hours:6.2f} h  {state:8}  seed {job.needed_by[0][2]}  {users}")
-    total = f"{len(jobs)} runs, {left / width:.2f} hours to go with {width} at a time"
+    total = f"{plural(len(jobs), 'run')}, {left / width:.2f} hours to go with {width} at a time"
     return "\n".join([*rows, f"{total} ({source}; base models not counted)"])
 
 
@@ -244,7 +246,7 @@ def run_jobs(jobs: list[Job], width: int, device: str) -> dict[str, str]:
     form = "{desc} |{bar}| {percentage:.0f} %, {elapsed} gone, {remaining} to go"
     with (
         Workers(min(width, max(1, len(runs))), device) as workers,
-        tqdm(total=sum(job.hours for job in [*models, *runs]), bar_format=form, disable=not runs) as bar,
+        Progress(total=sum(job.hours for job in [*models, *runs]), bar_format=form, disable=not runs) as bar,
     ):
         results = chain(workers.do(models), workers.do(runs))  # a model is there before a run needs it
         for done, (job, problem) in enumerate(results, 1):
@@ -310,7 +312,8 @@ def reproduce(
         write_document(ROOT.parent / "docs" / name, outcomes, findings, scale)
     if failed:
         named = "; ".join(f"{problem} (runs/{key})" for key, problem in failed.items())
-        raise Failure(f"{len(failed)} of {len(chosen)} runs failed, the others are in {folder}: {named}")
+        count = f"{len(failed)} of {plural(len(chosen), 'run')}"
+        raise Failure(f"{count} failed, the others are in {folder}: {named}")
     peaks = "".join(markdown(o.best_peaks()) + "\n" for o in outcomes if o.study.peaks)
     return f"{peaks}{tally(findings)}; {folder / 'report.html'}"
 

@@ -35,6 +35,7 @@ from fomo.guide.tuning import choose_peak
 from fomo.report.columns import deviation, number
 from fomo.report.figures import Curve, plane_figure
 from fomo.report.page import Card, html_page, picture
+from fomo.text import plural
 
 COLUMNS = ("claim", "study", "paper", "verdict", "effect", "low", "high", "n", "seconds")
 FAILED, UNFINISHED, UNTESTED = "failed", "unfinished", "not tested"
@@ -207,7 +208,7 @@ def shown(of_runs: np.ndarray) -> str:
 def curve(name: str, runs: ScoresBySeed) -> Curve:
     values = {key: np.stack([scores[key] for scores in runs.values()]) for key in SCORED}  # (S, U)
     return Curve(
-        label=name,
+        label="joint upper bound" if name == JOINT else name,
         updates=list(range(values["ka"].shape[1])),
         mean={key: scores.mean(axis=0) for key, scores in values.items()},
         spread={key: deviation(scores) for key, scores in values.items()},
@@ -306,7 +307,7 @@ def write_document(path: Path, outcomes: list[Outcome], findings: list[Finding],
         hours = sum(outcome.seconds.values()) / 3600
         parts += [
             f"## {outcome.study.title}",
-            f"`{command}`: {len(outcome.seconds)} runs, {hours:.1f} hours of single runs.",
+            f"`{command}`: {plural(len(outcome.seconds), 'run')}, {hours:.1f} hours of single runs.",
         ]
         parts += [markdown(rows) for rows in tables_of(outcome)]
     write_atomically(path, ("\n\n".join(parts) + "\n").encode())

@@ -160,7 +160,8 @@ def legend_below(axes: Axes, columns: int = 2) -> None:
 
 
 def plane_figure(curves: list[Curve]) -> Figure:
-    """The KA-ZS plane: from the untouched model (black star) over one point per update to the last (large).
+    """The KA-ZS plane: from the untouched model (black star; of a child its parent's model, hollow) over one point
+    per update to the last (large).
 
     Small points are evaluations within updates. The joint upper bound is a gold star; a dotted line to it is the
     linear trade-off of KA and ZS.
@@ -168,21 +169,26 @@ def plane_figure(curves: list[Curve]) -> Figure:
     figure, (axes,) = new_figure(height=4.0)
     axes.set(xlabel="zero-shot retention (ZS), %", ylabel="knowledge accumulation (KA), %")
     axes.margins(0.1)
-    starts = []
+    starts: dict[bool, list] = {True: [], False: []}  # untouched, or a parent's
+    missing = []
     for index, curve in enumerate(curves):
         points = np.stack([curve.mean["zs"], curve.mean["ka"]], axis=1)  # (U, 2)
         if not np.isfinite(points).all():
-            axes.set_title(f"{shorten(curve.label)}: no KA or no ZS, not drawn")
+            missing.append(curve.label)
             continue
-        starts.append(points[0])
+        starts[curve.updates[0] == 0].append(points[0])
         if curve.joint:
             draw_joint(axes, curve, points)
         else:
             draw_way(axes, curve, points, line_style(index, len(points)))
         at_least(axes, points[-1], span=2)
-    if starts:
-        star = {"marker": "*", "markersize": 14, "color": "black", "markeredgecolor": "white"}
-        axes.plot(*np.transpose(starts), linestyle="none", label="untouched model", zorder=5, **star)
+    if missing:
+        axes.set_title(f"{shorten(', '.join(missing), 20)}: no KA or no ZS, not drawn")
+    looks = {True: ("untouched model", "black", "white"), False: ("parent's model", "white", "black")}
+    for untouched, (label, color, edge) in looks.items():
+        if starts[untouched]:
+            star = {"marker": "*", "markersize": 14, "color": color, "markeredgecolor": edge}
+            axes.plot(*np.transpose(starts[untouched]), linestyle="none", label=label, zorder=5, **star)
     legend_below(axes)
     return figure
 
@@ -213,17 +219,18 @@ def draw_joint(axes: Axes, curve: Curve, points: np.ndarray) -> None:
     axes.plot(*points[[0, -1]].T, color="#555555", linestyle=(0, (1, 2.5)), linewidth=1.2, zorder=1)
     axes.errorbar(*points[-1], curve.spread["ka"][-1], curve.spread["zs"][-1], ecolor=GOLD, fmt="none")
     star = {"marker": "*", "markersize": 15, "color": GOLD, "markeredgecolor": "black"}
-    axes.plot(*points[-1], linestyle="none", label="joint upper bound", zorder=5, **star)
+    axes.plot(*points[-1], linestyle="none", label=shorten(curve.label, 40), zorder=5, **star)
 
 
 def scores_figure(curves: list[Curve]) -> Figure:
     """KA, ZS and GM over the updates with a band of one standard deviation; small points lie within updates.
 
-    "frozen features": what ridge regression on the untouched model's features reaches.
+    "frozen features", of a single curve: what ridge regression on the features of the model that it began with
+    reaches, over its own sets.
     """
-    known = [key for key in SCORES if any(np.isfinite(curve.mean[key]).any() for curve in curves)]
+    known = [key for key in SCORES if any(np.isfinite(curve.mean[key]).any() for curve in curves)] or ["ka"]
     figure, panels = new_figure(height=0.4 + 1.7 * len(known), rows=len(known), sharex=True)
-    frozen = next((curve for curve in curves if curve.frozen is not None), None)
+    frozen = curves[0] if len(curves) == 1 and curves[0].frozen is not None else None
     for axes, key in zip(panels, known, strict=True):
         axes.set_title(f"{SCORES[key]} ({key.upper()}), %")
         axes.margins(x=0.03)
@@ -242,7 +249,7 @@ def draw_score(axes: Axes, curve: Curve, key: str, index: int) -> None:
     """One score of a curve over its updates; of the joint upper bound its end, as a line."""
     x, mean, spread = curve.updates, curve.mean[key], curve.spread[key]
     if curve.joint:
-        axes.axhline(mean[-1], color=GOLD, linewidth=1.5, label="joint upper bound")
+        axes.axhline(mean[-1], color=GOLD, linewidth=1.5, label=shorten(curve.label, 40))
         return
     style = line_style(index, len(x))
     within = np.stack([curve.within.positions, curve.within.mean[key]], axis=1)

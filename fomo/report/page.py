@@ -9,6 +9,7 @@ Shapes: R runs of a group, U updates that all of them have reached.
 """
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from matplotlib.figure import Figure
 from fomo.atomic import write_atomically
 from fomo.errors import UserError
 from fomo.report.columns import Columns, Values, as_csv, as_rows, number
+from fomo.report.common_sets import comparable
 from fomo.report.figures import (
     SCORES,
     Training,
@@ -37,6 +39,7 @@ from fomo.report.figures import (
 )
 from fomo.report.run_records import Group, group_runs, read_run
 from fomo.runs.logs import evaluations
+from fomo.text import plural
 
 SCORED = "the test samples scored during the run"  # a subset, unless the recipe or small sets say otherwise
 COSTS = {  # name in metrics.jsonl -> (title, unit, format)
@@ -48,8 +51,9 @@ COSTS = {  # name in metrics.jsonl -> (title, unit, format)
     "peak_memory": ("peak GiB", 2**30, ".2f"),
 }
 SUMMARY = (
-    "Percent after the last update, and the change from the untouched model; mean ± standard deviation over "
-    "runs. On whole test sets where both ends were scored on them, else on the subset scored during the run."
+    "Percent after the last update, and the change from the model that a run began with; mean ± standard "
+    "deviation over runs. On whole test sets where all ends were scored on them, else on the subset scored during "
+    "the run."
 )
 WORTH = "Interpolations between the weights of the last update before any merge (0) and those before it (1)."
 TRANSFER = (
@@ -142,13 +146,17 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
     """
     once = {Path(folder).resolve(): folder for folder in folders}  # a run named twice would hide the spread
     groups = group_runs([read_run(folder) for folder in once.values()])
-    overview = compare(groups)
+    compared, left_out = comparable(groups)
+    overview = compare(compared, left_out)
     parts: list[Plot | Table] = [*overview]
     if len(groups) == 1:
         first = headline(groups[0])
     else:
-        parts.append(Table("summary", "Before and after", summary_table(groups), SUMMARY))
+        note = f"{SUMMARY} {left_out}".strip()
+        parts.append(Table("summary", "Before and after", summary_table(compared), note))
         first = parts[-1].card()
+    if left_out:
+        print(left_out, file=sys.stderr)
     rows = [[first], [plot.card() for plot in overview]]
     for i, group in enumerate(groups, 1):
         slug = re.sub("[^0-9A-Za-z]+", "-", group.label).strip("-")
@@ -173,12 +181,15 @@ def write(path: Path, content: bytes) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-def compare(groups: list[Group]) -> list[Plot]:
-    """All groups in one plane, and their scores. One that learned all at once bounds those that did not."""
-    several = any(group.planned > 1 for group in groups)
-    curves = [group.curve(joint=several and group.planned == group.updates[-1] == 1) for group in groups]
+def compare(groups: list[Group], left_out: str = "") -> list[Plot]:
+    """All groups in one plane, and their scores. One that learned at once what others do in turn bounds them."""
+    longer = [group.taught for group in groups if group.planned > 1]
+    curves = [
+        group.curve(joint=group.planned == group.updates[-1] == 1 and group.taught in longer)
+        for group in groups
+    ]
     small = ", small ones within updates" if any(len(curve.within.positions) for curve in curves) else ""
-    note = f"One point per update{small}, on {SCORED}."
+    note = f"One point per update{small}, on {SCORED}. {left_out}".strip()
     return [
         Plot("plane", "Learned (up) against kept (right)", plane_figure, curves, note),
         Plot("scores", "Scores over updates", scores_figure, curves, note),
@@ -231,7 +242,7 @@ def headline(group: Group) -> Card:
         values, change = f"{number(before)} → {number(after)}", number(after - before, "+.1f")
         tiles.append((f"{title} ({key.upper()})", values, change))
     done, planned = group.updates[-1], group.planned
-    progress = f"after {done} of {planned} updates" + ("" if done == planned else ", unfinished")
+    progress = f"after {done} of {plural(planned, 'update')}" + ("" if done == planned else ", unfinished")
     note = f"Percent on {test_sets(group)}, {progress}."
     if len(group.records) > 1:
         note += f" Mean ± standard deviation of {group.names}."
@@ -261,7 +272,9 @@ def test_sets(group: Group) -> str:
 
 
 def before_and_after(group: Group) -> str:
-    return f"From the untouched model to the last update, percent, on {test_sets(group)}."
+    first = group.updates[0]
+    start = f"its parent's model (update {first})" if first else "the untouched model"
+    return f"From {start} to the last update, percent, on {test_sets(group)}."
 
 
 def worth_table(group: Group) -> Columns:
@@ -340,6 +353,6 @@ def report_run(folder: Path) -> str:
     page = write_report([folder])
     first, *_, last = evaluations(folder)
     known = [key for key in ("ka", "zs") if first[key] is not None]
-    changes = ", ".join(f"{key.upper()} {first[key]:.1f} -> {last[key]:.1f}" for key in known)
+    changes = ", ".join(f"{key.upper()} {first[key]:.1f} -> {last[key]:.1f}" for key in known) or "no scores"
     updates = last["update"] - first["update"]
-    return f"{changes} in {updates} update{'s' * (updates != 1)}; report: {page}"
+    return f"{changes} in {plural(updates, 'update')}; report: {page}"

@@ -94,7 +94,7 @@ def rate_curves(paths: list[str], steps: int | None, options: dict) -> list[Rate
 def steps_of(recipe: Recipe, path: str) -> int:
     """N by the recipe's budget."""
     if recipe.budget.hours is not None:
-        found = f"{recipe.budget.hours:g} hours are as many steps as the machine makes of them"
+        found = f"{recipe.budget.hours:g} h is as many steps as the machine makes of it"
         raise UserError(f"{path}: budget.hours: {found}; give the steps per update with --steps N")
     if recipe.budget.gflops is None:
         return recipe.steps

@@ -9,6 +9,7 @@ Shapes: R runs of a group, U updates that all of them have reached.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from fomo.errors import UserError
 from fomo.report.columns import deviation
 from fomo.report.figures import SCORES, Curve, Within
-from fomo.runs.logs import read_lines, read_text
+from fomo.runs.logs import read_lines, read_text, refuse_missing
 from fomo.schedules import RateCurve, Schedule
 from fomo.schema import build, read_yaml
 
@@ -42,6 +43,7 @@ class Record:
 def read_run(folder: Path) -> Record:
     """Read what a report needs of a run folder."""
     folder = Path(folder)
+    refuse_missing(folder)
     lines = read_lines(folder / "metrics.jsonl")
     if not lines:
         raise UserError(f"{folder / 'metrics.jsonl'}: empty, the run has not been evaluated yet")
@@ -99,7 +101,7 @@ class Group:
         values = {key: self.values(key) for key in SCORES}
         frozen = self.frozen()
         return Curve(
-            label=self.label,
+            label=f"joint upper bound: {self.label}" if joint else self.label,
             updates=self.updates,
             mean={key: scores.mean(axis=0) for key, scores in values.items()},
             spread={key: deviation(scores) for key, scores in values.items()},
@@ -174,6 +176,12 @@ class Group:
     def planned(self) -> int:
         """T, the number of updates."""
         return self.records[0].recipe["stream"]["updates"]
+
+    @property
+    def taught(self) -> Counter | None:
+        """dataset -> concepts that the whole stream teaches; None in older runs."""
+        stream = self.records[0].constants.get("stream")
+        return sum(map(Counter, stream), Counter()) if stream else None
 
     @property
     def steps(self) -> int:

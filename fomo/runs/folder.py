@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ from fomo.errors import Interrupted, UserError, one_line
 from fomo.recipe import Recipe, dump
 from fomo.runs.logs import append_line, read_lines
 from fomo.schema import differences, read_yaml
+from fomo.text import plural
 
 FORMAT = 1  # of a run folder: raised when an older fomo could not go on with it
 KEPT_CHECKPOINTS = 2
@@ -230,12 +232,31 @@ class Run:
 
 def refuse_used(folder: Path, resume: bool) -> None:
     """A new run begins in an empty folder, or in one that has nothing but an inferred data file."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder}: is a file, accepted: a new or an empty folder")
+    if is_run(folder):
+        if not resume:
+            choice = "choose another folder with --out, or go on with"
+            raise UserError(f"{folder}: this run exists; {choice}: {way_on(folder)}")
+        return
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     inferred = "data.yaml" in names and (folder / "data.yaml").read_bytes().startswith(b"# Inferred from")
-    if not resume and names - {"lock"} - ({"data.yaml"} if inferred else set()):
-        raise UserError(
-            f"{folder}: this run exists; go on with --resume, or choose another folder with --out"
-        )
+    ours = {"lock", *(["data.yaml"] if inferred else []), *(["state", "weights"] if resume else [])}
+    if others := sorted(names - ours):
+        found = f"this folder is no run and holds {plural(len(others), 'other thing')}, as {others[0]}"
+        raise UserError(f"--out {folder}: {found}; accepted: a new or an empty folder, or that of a run")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun there; its files are there from then on."""
+    return (folder / "recipe.yaml").exists() and any((folder / name).exists() for name in ("state", LOGS[0]))
+
+
+def way_on(folder: Path) -> str:
+    """The command that goes on with a run, for a shell that is where this process is."""
+    program = sys.argv[0] if Path(sys.argv[0]).name == "fomo.py" else "fomo.py"
+    words = ["update", "--recipe", str(folder / "recipe.yaml"), "--out", str(folder), "--resume"]
+    return shlex.join(["python", program, *words])
 
 
 def lock(path: Path) -> IO:
@@ -261,7 +282,8 @@ def same_recipe(path: Path, recipe: Recipe) -> None:
     """A run goes on with the recipe it began with."""
     differing = differences(read_yaml(path), yaml.safe_load(dump(recipe)))
     if differing:
-        raise UserError(f"{path}: the run began with another recipe, differing: {', '.join(differing)}")
+        differ = f"the run began with another recipe, differing: {', '.join(differing)}"
+        raise UserError(f"{path}: {differ}; as it began go on with: {way_on(path.parent)}")
 
 
 def checkpoints(state: Path) -> list[Path]:

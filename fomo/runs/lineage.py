@@ -1,7 +1,7 @@
 """The history of a model over several runs: the first update, the next, what was, and the way back.
 
     start_run      the recipe and the folder of a first run
-    continue_run   a child run that goes on from the update which its parent has deployed
+    child_run      a child run that goes on from the update which its parent has deployed
     history        every update from the first run on, as text
     roll_back      deploy an earlier update; nothing is deleted
     compare        which concepts got better and worse between two updates
@@ -14,10 +14,14 @@ import atexit
 import dataclasses
 import itertools
 import json
+import math
 import re
 import shutil
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
@@ -29,23 +33,28 @@ from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile, Entry
 from fomo.datasets.infer import as_data_file, is_data_file, recipe_for
 from fomo.datasets.stream import concepts_of
-from fomo.errors import UserError
+from fomo.distributed import Ranks
+from fomo.errors import Interrupted, UserError
 from fomo.load_recipe import ROOT, load
 from fomo.recipe import Recipe
 from fomo.runs.folder import (
     Position,
     Run,
     file_hash,
+    is_run,
     kept_updates,
     link_or_copy,
     lock,
     read_checkpoint,
     read_json,
     refuse_used,
+    size_of,
     update_of,
+    way_on,
 )
-from fomo.runs.logs import evaluations, read_lines
+from fomo.runs.logs import evaluations, is_same_set, refuse_missing, scored_sets
 from fomo.schema import read_yaml
+from fomo.text import plural
 
 GUIDE = ROOT / "guide.yaml"  # what `update` does where no recipe is named
 SHOWN = 12  # concepts of either kind in a comparison
@@ -53,21 +62,33 @@ SHOWN = 12  # concepts of either kind in a comparison
 
 def head_of(folder: Path) -> int:
     """The update that a finished run has deployed: its last, or what `rollback` said."""
+    refuse_missing(folder)
     kept = kept_updates(folder / "state")
     if not kept:
-        raise UserError(f"{folder}: no finished update; expected the folder of a run")
+        advice = f"first go on with: {way_on(folder)}" if is_run(folder) else "expected the folder of a run"
+        raise UserError(f"{folder}: no finished update is kept; {advice}")
     if (folder / "state/head").exists():
         return json.loads((folder / "state/head").read_text())["update"]
     updates = len(Run(folder).stream()["updates"])
     done = update_of(kept[-1])
     if done < updates:
-        raise UserError(f"{folder}: has finished {done} of {updates} updates; go on with --resume first")
+        progress = f"has finished {done} of {plural(updates, 'update')}"
+        raise UserError(f"{folder}: {progress}; first go on with: {way_on(folder)}")
     return done
 
 
+def kept_after(folder: Path, update: int) -> list[Path]:
+    """The checkpoint that keeps an update, if there is one; killed attempts may have left older ones."""
+    return sorted((folder / "state").glob(f"update_{update:03d}-*.pt"))
+
+
+def weights_after(folder: Path, update: int) -> Path:
+    return folder / f"weights/update_{update:03d}.safetensors"
+
+
 def state_after(folder: Path, update: int) -> dict:
-    """The checkpoint that keeps an update."""
-    found = sorted((folder / "state").glob(f"update_{update:03d}-*.pt"))
+    """The content of that checkpoint."""
+    found = kept_after(folder, update)
     checkpoint = read_checkpoint(found[-1]) if found else None
     if checkpoint is None:
         kept = dict.fromkeys(map(update_of, kept_updates(folder / "state")))
@@ -118,6 +139,27 @@ def default_folder(recipe_path: str | Path, recipe: Recipe, data: str | None) ->
 # --- the next update -------------------------------------------------------------------------------------
 
 
+@contextmanager
+def child_run(
+    parent: Path, data: str, out: str | None, ranks: Ranks, one_class: bool = False
+) -> Iterator[tuple[Recipe, Path]]:
+    """The recipe and the folder of a new child run, to be run with `resume`.
+
+    If that fails before anything was scored, the folder goes, and its name is free again. An interruption has
+    told the way on, so it stays.
+    """
+    recipe, folder = ranks.broadcast_object(lambda: continue_run(parent, data, out, one_class))
+    try:
+        yield recipe, folder
+    except Interrupted:
+        raise
+    except BaseException:
+        if ranks.first and not size_of(folder / "metrics.jsonl"):
+            with suppress(UserError, OSError), lock(folder / "lock"):  # unless another process works on it
+                shutil.rmtree(folder)
+        raise
+
+
 def continue_run(parent: Path, data: str, out: str | None, one_class: bool = False) -> tuple[Recipe, Path]:
     """Make the child run that teaches `data` (a data file, or what infer.py takes) in one update.
 
@@ -126,8 +168,10 @@ def continue_run(parent: Path, data: str, out: str | None, one_class: bool = Fal
     update = head_of(parent)
     checkpoint = state_after(parent, update)
     folder = Path(out) if out else child_folder(parent, update + 1)
-    if folder.exists():
-        raise UserError(f"--out {folder}: exists already")
+    if is_untrained(folder):
+        print(f"{folder}: nothing had been trained there, it begins anew", file=sys.stderr)
+    else:
+        refuse_used(folder, resume=False)
     with staged_folder(folder) as staging:
         new = datafile.read(data if is_data_file(data) else as_data_file(data, staging, one_class))
         old = datafile.read(parent / "data.yaml")
@@ -145,16 +189,29 @@ def continue_run(parent: Path, data: str, out: str | None, one_class: bool = Fal
     return recipe, folder
 
 
+def is_untrained(folder: Path) -> bool:
+    """Whether it is a child that has not trained a step, as an error or a kill left it, and nobody works on it."""
+    names = ("parent.yaml", "lock")  # without a lock it is being made just now
+    if size_of(folder / "train.jsonl") or not all((folder / name).exists() for name in names):
+        return False
+    try:
+        lock(folder / "lock").close()
+        return True
+    except UserError:
+        return False
+
+
 def child_folder(parent: Path, update: int) -> Path:
     """photos -> photos-update2, photos-update2-b, ...; photos-update2 -> photos-update3."""
     stem = re.sub(r"-update\d+(-[b-z])?$", "", parent.resolve().name)
     names = [
         f"{stem}-update{update}{suffix}" for suffix in ("", *(f"-{c}" for c in "bcdefghijklmnopqrstuvwxyz"))
     ]
-    free = [name for name in names if not (parent.resolve().parent / name).exists()]
-    if not free:
+    folders = [parent.resolve().parent / name for name in names]
+    free = next((folder for folder in folders if not folder.exists() or is_untrained(folder)), None)
+    if free is None:
         raise UserError(f"{parent}: has {len(names)} children already; name the next with --out")
-    return parent.resolve().parent / free[0]
+    return free
 
 
 def free_names(new: dict[str, Entry], taken: dict[str, Entry]) -> dict[str, str]:
@@ -204,36 +261,71 @@ def write_yaml(path: Path, content: dict) -> None:
 # --- looking back ----------------------------------------------------------------------------------------
 
 
-def ancestry(folder: Path) -> list[tuple[Path, int]]:
-    """The runs from the first to this one, each with the update up to which it belongs to this history."""
-    runs = [(folder, head_of(folder))]
-    while (runs[0][0] / "parent.yaml").exists():
-        origin = read_yaml(runs[0][0] / "parent.yaml")
-        parent = Path(origin["run"])
+def origin_of(folder: Path) -> tuple[Path, int] | None:
+    """The parent of a child run, and the update that the child went on from; None of a first run."""
+    if not (folder / "parent.yaml").exists():
+        return None
+    origin = read_yaml(folder / "parent.yaml")
+    return Path(origin["run"]), origin["update"]
+
+
+def ancestry(folder: Path, last: float) -> list[tuple[Path, float]]:
+    """The runs from the first to this one, each with the update up to which it belongs to this history.
+
+    last: of this run.
+    """
+    runs = [(folder, last)]
+    while origin := origin_of(runs[0][0]):
+        parent, update = origin
         if not (parent / "metrics.jsonl").exists():
             raise UserError(f"{runs[0][0] / 'parent.yaml'}: run: {parent} is not there")
-        runs.insert(0, (parent, origin["update"]))
+        runs.insert(0, (parent, min(update, runs[0][1])))
     return runs
 
 
 def history(folder: Path) -> str:
-    """A line per update that led to what this run has deployed, the untouched model first."""
-    lines = [
-        f"{'update':>6} {'KA':>6} {'ZS':>6} {'steps':>8}  {'weights':16}  run: what it taught (concepts)"
-    ]
-    newest = -1
-    for run, last in ancestry(folder):
-        updates = Run(run).stream()["updates"]
+    """A line per update that led to what this run has deployed, the untouched model first.
+
+    Scores compare below one heading, which names the test sets. Where a child has others than its parent, the
+    model that it began with stands below both.
+    """
+    titles = f"{'update':>6} {'KA':>6} {'ZS':>6} {'steps':>8}  {'weights':16}"
+    lines, newest, sets = [f"{titles}  run: what it taught (concepts)"], -1, {}
+    for run, last in ancestry(folder, head_of(folder)):
+        updates, tested = Run(run).stream()["updates"], scored_sets(constants_of(run))
+        others = [name for name in {**sets, **tested} if not is_same_set(sets.get(name), tested.get(name))]
         for line in evaluations(run):
             number = line["update"]
-            if not newest < number <= last:
+            if not newest <= number <= last or (number == newest and not others):
                 continue  # rolled back; or a child's first, which its parent has a line of
-            newest = number
-            sets = Counter(dataset for dataset, _, _ in updates[number - 1]) if number else {}
-            taught = ", ".join(f"{name} ({count})" for name, count in sets.items()) or "the untouched model"
+            if others:
+                lines.append(heading(tested, [name for name in others if name in sets and name in tested]))
+            what = "the same model, on these sets" if number == newest else taught(updates, number)
             scores = f"{number:6} {percent(line['ka']):>6} {percent(line['zs']):>6} {line['steps']:8,}"
-            lines.append(f"{scores}  {weights_hash(run, number):16}  {run.name}: {taught}")
+            lines.append(f"{scores}  {weights_hash(run, number):16}  {run.name}: {what}")
+            newest, sets, others = number, tested, []
     return "\n".join(lines)
+
+
+def constants_of(run: Path) -> dict:
+    """What run.json says; older runs have it in their first line."""
+    return read_json(run / "run.json") or evaluations(run)[0]
+
+
+def heading(sets: dict[str, tuple], changed: list[str]) -> str:
+    """What the scores below it are means over. changed: sets that were others under the same names above."""
+    of_role = {
+        role: [n for n, found in sets.items() if found[0] == role] for role in ("adaptation", "evaluation")
+    }
+    ka, zs = (", ".join(names) or "no set" for names in of_role.values())
+    return f"KA over {ka}; ZS over {zs}" + (f" (not as above: {', '.join(changed)})" if changed else "")
+
+
+def taught(updates: list[list], number: int) -> str:
+    if not number:
+        return "the untouched model"
+    sets = Counter(dataset for dataset, _, _ in updates[number - 1])
+    return ", ".join(f"{name} ({count})" for name, count in sets.items())
 
 
 def percent(value: float | None) -> str:
@@ -241,17 +333,30 @@ def percent(value: float | None) -> str:
 
 
 def weights_hash(folder: Path, update: int) -> str:
-    path = folder / f"weights/update_{update:03d}.safetensors"
+    path = weights_after(folder, update)
     return file_hash(path) if path.exists() else "not kept"
 
 
 def roll_back(folder: Path, update: int) -> str:
     """Deploy an earlier update: `model/` holds it and `continue` starts from it. Nothing is deleted."""
+    refuse_missing(folder)
     with lock(folder / "lock"):
-        state_after(folder, update)
-        weights = folder / f"weights/update_{update:03d}.safetensors"
-        if not weights.exists():
-            raise UserError(f"{weights}: not kept, see evaluation.keep_weights")
+        owner = owner_of(folder, update)
+        try:
+            refuse_missing(owner)
+            state_after(owner, update)
+            weights = weights_after(owner, update)
+            if not weights.exists():
+                raise UserError(f"{weights}: not kept, see evaluation.keep_weights")
+        except UserError as error:
+            if owner == folder:
+                raise
+            raise UserError(
+                f"{folder}: update {update} is of {owner}, roll back that instead: {error}"
+            ) from None
+        for path in (weights, *kept_after(owner, update)):
+            if not (folder / path.relative_to(owner)).exists():
+                link_or_copy(path, folder / path.relative_to(owner))
         clip = load_model(None, str(Run(folder).model))
         clip.model.load_state_dict(load_file(weights))
         Run(folder).save_model(clip)
@@ -259,17 +364,24 @@ def roll_back(folder: Path, update: int) -> str:
     return f"{folder}: update {update} is deployed in {folder / 'model'}"
 
 
+def owner_of(folder: Path, update: int) -> Path:
+    """The run of this history that an update is of: those before a child's first are its parent's, or older."""
+    while (origin := origin_of(folder)) and update <= origin[1] and not kept_after(folder, update):
+        folder = origin[0]
+    return folder
+
+
 def compare(folder: Path, a: int, b: int) -> str:
     """The concepts whose accuracy changed most from update a to update b, both directions."""
+    refuse_missing(folder)
     then, now = (concept_scores(folder, update) for update in (a, b))
     changes = sorted((now[key] - then[key], key) for key in then.keys() & now.keys())
     if not changes:
         raise UserError(f"{folder}: updates {a} and {b} were not scored on any common concept")
     better = [row for row in reversed(changes) if row[0] > 0]
     worse = [row for row in changes if row[0] < 0]
-    lines = [
-        f"of {len(changes)} concepts {len(better)} got better and {len(worse)} worse from update {a} to {b}"
-    ]
+    got = f"{len(better)} got better and {len(worse)} worse from update {a} to {b}"
+    lines = [f"of {plural(len(changes), 'concept')} {got}"]
     for title, rows in (("better", better), ("worse", worse)):
         lines += ["", f"{title}, of {len(rows)}:"] if rows else []
         for change, (dataset, concept) in rows[:SHOWN]:
@@ -279,15 +391,21 @@ def compare(folder: Path, a: int, b: int) -> str:
 
 
 def concept_scores(folder: Path, update: int) -> dict[tuple[str, str], float]:
-    """(dataset, class name) -> percent, from the run of this history that scored the update last."""
-    for run, last in reversed(ancestry(folder)):
-        for line in read_lines(run / "concepts.jsonl"):
+    """(dataset, class name) -> percent, from the run of this history that scored the update last.
+
+    Also of an update that was rolled back.
+    """
+    scored = set()
+    for run, last in reversed(ancestry(folder, math.inf)):
+        for line in Run(run).lines("concepts.jsonl"):
             if line["update"] == update and update <= last:
-                classes = read_json(run / "run.json")["classes"]
+                classes = constants_of(run)["classes"]
                 return {
                     (dataset, name): score
                     for dataset, scores in line["datasets"].items()
                     for name, score in zip(classes[dataset], scores, strict=True)
                     if score is not None
                 }
-    raise UserError(f"{folder}: update {update} was not scored")
+            scored |= {line["update"]} if line["update"] <= last else set()
+    known = ", ".join(map(str, sorted(scored))) or "none"
+    raise UserError(f"{folder}: update {update} was not scored, scored: {known}")

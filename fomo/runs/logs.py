@@ -8,6 +8,26 @@ from fomo.atomic import naming
 from fomo.errors import UserError
 
 
+def refuse_missing(folder: Path) -> None:
+    """One line for a folder that is not there, or is no run."""
+    expected = "expected the folder of a run, as `update` or `continue` made it"
+    if not folder.exists():
+        raise UserError(f"{folder}: no such run; {expected}")
+    if not any((folder / name).is_file() for name in ("recipe.yaml", "metrics.jsonl")):
+        raise UserError(f"{folder}: is no run, neither recipe.yaml nor metrics.jsonl is in it; {expected}")
+
+
+def scored_sets(constants: dict) -> dict[str, tuple]:
+    """name -> (role, classes, hash of its content) of the test sets that run.json tells of; None where unsaid."""
+    classes, contents = constants.get("classes", {}), constants.get("contents", {})
+    return {name: (role, classes.get(name), contents.get(name)) for name, role in constants["roles"].items()}
+
+
+def is_same_set(a: tuple | None, b: tuple | None) -> bool:
+    """Whether scores of two sets of one name compare, as far as older runs say it."""
+    return None not in (a, b) and all(x == y or None in (x, y) for x, y in zip(a, b, strict=True))
+
+
 def evaluations(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl for the deployed weights: of update 0, 1, ...; none if the run has not begun.
 

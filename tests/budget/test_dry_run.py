@@ -26,7 +26,7 @@ for tower in ("test_vit", "fastvit_t8", "test_convnext", "test_resnet", "test_by
 def test_a_dry_run_says_steps_sets_and_the_missing_pool(small_scale, tmp_path):
     recipe = load(None, scale=str(small_scale))
     text = dry_run(recipe, "cpu")
-    assert "learns 20 concepts with 120 pictures in 3 updates; a pretraining pool of 1 sources" in text
+    assert "learns 20 concepts with 120 pictures in 3 updates; a pretraining pool of 1 source" in text
     assert "scored on 3 test sets with 120 pictures" in text
     assert "steps: 4 of 12 pairs per update, 12 in all" in text and "without a pretraining pool" not in text
     lines = (small_scale.parent / "data.yaml").read_text().split("adaptation:")

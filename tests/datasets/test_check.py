@@ -111,8 +111,8 @@ def test_copies_of_test_pictures_are_found_by_their_pixels(tmp_path, data):
     draw(tmp_path / "pets" / "test" / "dog" / "of the pool.png", noise(21))
     found = check(written(tmp_path, data))
     assert not found.errors and len(found.warnings) == 2
-    assert "pets (test): 1 pictures are also in pretraining[0] (train)" in found.warnings[0]
-    assert "pets (test): 1 pictures are also in adaptation.pets (train)" in found.warnings[1]
+    assert "pets (test): 1 picture is also in pretraining[0] (train)" in found.warnings[0]
+    assert "pets (test): 1 picture is also in adaptation.pets (train)" in found.warnings[1]
     assert "same.bmp" in found.warnings[1]
     assert [split.copies for split in found.splits] == [0, 0, 2, 0]
 
@@ -123,8 +123,8 @@ def test_classes_of_one_split_only_are_warnings(tmp_path, data):
     found = check(written(tmp_path, data))
     assert not found.errors
     assert found.warnings == [
-        "adaptation.pets: 1 class scored but never trained: yak",
-        "adaptation.pets: 2 classes trained but never scored: ant, bee",
+        "adaptation.pets: 1 class is scored but never trained: yak",
+        "adaptation.pets: 2 classes are trained but never scored: ant, bee",
     ]
 
 

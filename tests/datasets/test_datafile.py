@@ -296,4 +296,4 @@ def test_what_a_source_leaves_out_is_said_once(tmp_path, capsys):
     for _ in range(2):
         read(path).evaluation["x"].open("test")
     err = capsys.readouterr().err
-    assert err.count("evaluation.x (test): 1 picture in no class folder, first: stray.png") == 1
+    assert err.count("evaluation.x (test): 1 picture is in no class folder, first: stray.png") == 1

@@ -76,7 +76,7 @@ def test_a_budget_in_gflops_buys_the_steps_that_fomo_budget_counts(command, reci
 def test_hours_are_no_steps_until_a_machine_is_known(command, recipe):
     words = ("--recipe", recipe(), "--set", "budget.hours=1.5")
     result = command(*words)
-    assert result.exit_code == 2 and "budget.hours: 1.5 hours" in result.output and "--steps" in result.output
+    assert result.exit_code == 2 and "budget.hours: 1.5 h" in result.output and "--steps" in result.output
     assert command(*words, "--steps", 3).exit_code == 0
 
 

@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fomo.datasets.arrays import Captions, Strings
 from fomo.errors import UserError
+from fomo.text import plural
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
 UNREADABLE = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
@@ -259,7 +260,9 @@ class NumberedClasses(Source):
         else:
             for label in present:
                 if label >= len(names) or not names[label]:
-                    raise UserError(f"{where}: label {label} has no name, {file} has {len(names)} names")
+                    raise UserError(
+                        f"{where}: label {label} has no name, {file} has {plural(len(names), 'name')}"
+                    )
             self.classes = names
         self.notes += same_names(self.classes)
 

@@ -13,7 +13,7 @@ from fomo.datasets.arrays import Strings
 from fomo.datasets.sources.base import IMAGE_SUFFIXES, NamedClasses, PictureFiles, captions_beside
 from fomo.errors import UserError
 from fomo.schema import Natural
-from fomo.text import many
+from fomo.text import plural
 
 JUNK = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "Icon\r")  # what systems leave in folders
 
@@ -141,9 +141,11 @@ def left_out(tree: Tree, classes: dict[str, Tree], found: dict[str, list[str]]) 
         within = {file for files in found.values() for file in files}
         loose = [file for file in map(tree.relative, tree.all_pictures()) if file not in within]
         if loose:
-            yield f"{many(len(loose), 'picture')} in no class folder, first: {loose[0]}; skipped"
+            count = plural(len(loose), "picture is", "pictures are")
+            yield f"{count} in no class folder, first: {loose[0]}; skipped"
         if empty := [name for name in classes if name not in found]:
-            yield f"{many(len(empty), 'folder')} without a picture, first: {empty[0]}; no class is made of it"
+            count = plural(len(empty), "folder has", "folders have")
+            yield f"{count} no picture, first: {empty[0]}; no class is made of it"
         deeper = (
             tree.relative(file)
             for name in found
@@ -172,4 +174,4 @@ def skipped_files(tree: Tree, used: Collection[str] = ()) -> str:
         return ""
     listed = ", ".join(f"{suffix} {count}" for suffix, count in kinds.most_common(6))
     more = f", and {len(kinds) - 6} more kinds" if len(kinds) > 6 else ""
-    return f"{many(kinds.total(), 'file')} skipped, of a kind that is not read here ({listed}{more})"
+    return f"{plural(kinds.total(), 'file')} skipped, of a kind that is not read here ({listed}{more})"

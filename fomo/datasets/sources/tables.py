@@ -14,7 +14,7 @@ from fomo.datasets.sources.base import Captioned, NamedClasses, PictureFiles, ca
 from fomo.datasets.sources.folders import Tree
 from fomo.datasets.sources.split_names import chosen_test, split_in
 from fomo.errors import UserError, one_line
-from fomo.text import many
+from fomo.text import plural
 
 csv.field_size_limit(10_000_000)  # characters of a caption; Python's own limit is 131,072
 SEPARATORS = (",", "\t", ";", "|")
@@ -78,14 +78,14 @@ class Rows(PictureFiles, Captioned, NamedClasses):
             number, other = next(iter(contradictory.items()))
             both = f"{self.classes[self.labels[number]]!r} and {other!r}"
             first = f"first: {self.files[number]} ({both})"
-            count = many(len(contradictory), "picture")
-            yield f"{count} with rows of several classes, {first}; only their first is used"
+            count = plural(len(contradictory), "picture has", "pictures have")
+            yield f"{count} rows of several classes, {first}; only the first of them is used"
         if len(self.ignored) > 1:
             found = ", ".join(f"{kind} {count}" for kind, count in self.ignored.items())
             yield f"the column 'split' ({found}) is not used; to use it: `path` and `split_column: split`"
         if self.moved:
             name, place = next(iter(self.moved.items()))
-            what = many(len(self.moved), "picture")
+            what = plural(len(self.moved), "picture was", "pictures were")
             yield f"{what} found below {self.base} by the end of the path, first: {place} for {name}"
 
     def rows(self) -> Iterator[tuple[str, list[str], str]]:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from fomo.atomic import cache_root, make
 from fomo.datasets.arrays import Arrays, Captions, Strings, cores, in_processes, read_array
@@ -26,6 +25,7 @@ from fomo.datasets.sources.base import (
 )
 from fomo.datasets.sources.hub import expand, fetch
 from fomo.errors import UserError
+from fomo.progress import Progress
 
 VERSION = 3  # of the index: of its form, and of which members are samples
 NAMES_FILES = ("classes.txt", "classnames.txt")
@@ -128,7 +128,7 @@ def write_index(files: list[str], caption_keys: tuple[str, ...], folder: Path) -
     noted: dict[str, tuple[int, str]] = {}
     lengths = dict.fromkeys(("names", "texts", "texts_ends"), 0)  # of these arrays, up to the last shard
     shards = in_processes(partial(scan, keys=caption_keys), files, cores() if len(files) > 8 else 0)
-    for found in tqdm(shards, "indexing shards", len(files), leave=False, disable=len(files) == 1):
+    for found in Progress(shards, "indexing shards", len(files), leave=False, disable=len(files) == 1):
         if isinstance(found, UserError):
             raise found
         columns, members = found

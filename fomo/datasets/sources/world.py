@@ -646,6 +646,10 @@ class World(Source):
         domain, concept, number = self.locate(index)
         return f"world {domain} {concept} {number}"
 
+    def id_of(self, index: int) -> str:
+        # without the seed: pictures of another are other draws of the same
+        return f"{self.name_of(index)} {self.style} {self.split}"
+
     def key(self) -> str:
         present = np.unique(self.labels).tolist()
         what = (self.domain, self.split, self.style, self.seed, self.size, self.per_concept, present)

@@ -52,7 +52,7 @@ def test_pictures_beside_class_folders_are_counted_and_named(tmp_path):
     draw(tmp_path / "stray.png")
     source = Folder(str(tmp_path))
     assert len(source) == 1
-    assert "1 picture in no class folder, first: stray.png" in source.notes[0]
+    assert "1 picture is in no class folder, first: stray.png" in source.notes[0]
 
 
 def test_what_is_no_folder_of_pictures_is_one_clear_mistake(tmp_path):

@@ -60,7 +60,7 @@ def test_a_picture_has_the_class_of_the_first_row_that_has_one_and_others_are_no
     source = Table(table(tmp_path, f"filepath,title,kind\n{rows}"), concept="kind")
     assert source.classes == ["ant", "fox"] and source.labels.tolist() == [1, 0]
     (note,) = source.notes
-    assert note.startswith("1 picture with rows of several classes, first: pics/1.png ('ant' and 'fox')")
+    assert note.startswith("1 picture has rows of several classes, first: pics/1.png ('ant' and 'fox')")
 
 
 def test_shuffled_rows_are_the_same_pictures_with_the_same_captions(tmp_path):
@@ -128,7 +128,7 @@ def test_a_name_stands_for_the_picture_that_ends_so(tmp_path):
     source = Table(path)
     assert [np.asarray(source.image(i)).max() for i in range(4)] == [0, 1, 2, 3]
     assert source.notes[0].startswith(
-        f"4 pictures found below {tmp_path} by the end of the path, first: pics/0.png"
+        f"4 pictures were found below {tmp_path} by the end of the path, first: pics/0.png"
     )
     (tmp_path / "more/pics").mkdir(parents=True)
     (tmp_path / "more/pics/2.png").write_bytes(b"x")
