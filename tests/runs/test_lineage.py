@@ -314,6 +314,7 @@ def test_every_way_to_begin_is_gone_on_with_by_the_command_that_is_printed(
     shutil.copy(small_scale.parent / "data.yaml", place / "data.yaml")
     monkeypatch.chdir(place)
     command = ["update", "--scale", small_scale, *how, "--out", tmp_path / "my run"]
+    succeed("pretrain", "--scale", small_scale)  # else its steps are those that are counted
     with after_steps(3, terminate):
         stopped = invoke(*command)
     assert stopped.exit_code == 143, stopped.output
