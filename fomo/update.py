@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fomo.budget.run_budget import TIMED_STEPS, RunBudget
 from fomo.clip import Clip, load
@@ -52,7 +51,7 @@ def run_recipe(
         data = datafile.read(recipe.data)
         if ranks.first and not checkpoint:
             for line in glance(data, Reader(clip.config["model_cfg"], clip.tokenizer)):
-                tqdm.write(f"warning: {line}", file=sys.stderr)
+                Progress.write(f"warning: {line}", file=sys.stderr)
         trainer = Trainer(recipe, clip, run, place, workers)
         run.begin(recipe, datafile.content(data), trainer.pools.record(), trainer.constants(), checkpoint)
         if checkpoint:
