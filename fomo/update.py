@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fomo.budget.run_budget import TIMED_STEPS, RunBudget
 from fomo.clip import Clip, load
@@ -55,11 +54,18 @@ def run_recipe(
             # A run that has begun has its model with it: all weights are in the checkpoint.
             begun = checkpoint is not None and run.model.exists()
             clip = load(None, str(run.model)) if begun else starting_model(recipe.model, place)
+<<<<<<< HEAD
         if begins and ranks.first:
             own = not (recipe.model.name or recipe.model.pretrained)
             reader = Reader(clip.config["model_cfg"], clip.tokenizer, own)
             for line in glance(data, reader, opened):
                 tqdm.write(f"warning: {line}", file=sys.stderr)
+=======
+        data = datafile.read(recipe.data)
+        if ranks.first and not checkpoint:
+            for line in glance(data, Reader(clip.config["model_cfg"], clip.tokenizer)):
+                Progress.write(f"warning: {line}", file=sys.stderr)
+>>>>>>> 54b0552350c54fabdea0c64eb50deffc1d972788
         trainer = Trainer(recipe, clip, run, place, workers)
         run.begin(recipe, datafile.content(data), trainer.pools.record(), trainer.constants(), checkpoint)
         if checkpoint:

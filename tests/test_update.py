@@ -122,9 +122,9 @@ def test_a_mistake_is_one_line_and_status_2(name, small_scale, tmp_path):
 
 def test_an_existing_run_needs_resume(updated, small_scale, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    for folder, expected in ((updated[0], "--resume"), (tmp_path, "this folder is no run")):
+    for folder, told in ((updated[0], "--resume"), (tmp_path, "is no run")):
         done = invoke(*MERGE, "--scale", small_scale, "--out", folder)
-        assert done.exit_code == 2 and expected in done.stderr
+        assert done.exit_code == 2 and told in done.stderr
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ class Decoded:
         """Past the limit by more than chance explains (three standard deviations), it is an error."""
         self.broken.add(index)
         expected = LIMIT * self.drawn
-        found = f"{self.name}: {plural(len(self.broken), 'picture')} of {self.drawn} drawn cannot be read"
+        found = f"{self.name}: {plural(len(self.broken), 'picture')} cannot be read among {self.drawn} drawn"
         if len(self.broken) > expected + 3 * math.sqrt(expected) + 5:
             raise UserError(f"{found}, last: {problem}; more than the limit of {LIMIT:.0%}")
         tqdm.write(f"{found}, last: {problem}; another stands in", file=sys.stderr)

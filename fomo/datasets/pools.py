@@ -17,7 +17,6 @@ from fomo.datasets.samples import Collection, Samples, by_label
 from fomo.datasets.stream import Concept
 from fomo.errors import UserError
 from fomo.recipe import Recipe
-from fomo.text import plural
 
 
 @dataclass
@@ -118,7 +117,7 @@ def compare_sources(then: dict, now: dict[str, Samples], file: Path) -> None:
             raise UserError(f"{file}: adaptation.{name}: missing, and this run has learned from it")
         found = fingerprint(now[name])
         if found != known:
-            counts = f"{plural(known['pictures'], 'picture')} then, {found['pictures']} now"
+            counts = f"pictures: {known['pictures']} then, {found['pictures']} now"
             changed = "its pictures or labels changed since this run began"
             advice = "restore it, and give new pictures a set of their own"
             raise UserError(f"{file}: adaptation.{name}: {changed} ({counts}); {advice}")
@@ -132,5 +131,5 @@ def recorded_stream(updates: list[list], concepts: list[Concept], file: Path) ->
     ]
     if missing:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UserError(f"{file}: {plural(len(missing), 'concept')} that this run has learned, gone: {some}")
+        raise UserError(f"{file}: concepts that this run has learned are gone ({len(missing)}): {some}")
     return [[known[tuple(c)] for c in update] for update in updates]

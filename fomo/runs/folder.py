@@ -124,6 +124,7 @@ class Run:
             return
         for name in ("state", "weights"):
             (self.folder / name).mkdir(exist_ok=True)
+        (self.folder / "state/head").unlink(missing_ok=True)  # a rollback ends where training goes on
         write_atomically(self.folder / "recipe.yaml", dump(recipe).encode())
         if Path(recipe.data) != (self.folder / "data.yaml").resolve():
             text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)

@@ -334,7 +334,7 @@ def test_pictures_decoded_when_drawn_are_those_of_the_cache(capsys):
 def test_too_many_broken_pictures_are_an_error_without_a_cache_too():
     pixels = open_pixels(shapes(1000, broken=tuple(range(0, 1000, 20)), cache="never"), square(8), "noise")
     message = one_line(lambda: [pixels[index] for index in range(1000)])
-    assert "drawn cannot be read" in message and "limit of 1%" in message
+    assert "pictures cannot be read among" in message and "limit of 1%" in message
     assert "limit of 1%" in one_line(lambda: pixels.shapes)
 
 

@@ -5,127 +5,24 @@ python -m pytest tests/report/test_page.py
 
 import csv
 import json
-import math
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
-import yaml
+from run_folders import ROLES, Page, curves_of, figure_of, groups_of, make_run, metrics, write_lines
 
 from fomo.errors import UserError
 from fomo.report import figures
 from fomo.report import page as report
 from fomo.report.columns import as_rows
 from fomo.report.page import write_report
-from fomo.report.run_records import Group, group_runs, read_run
+from fomo.report.run_records import read_run
 from fomo.schedules import Schedule, learning_rate
 
-ROLES = {"letters": "adaptation", "flags": "adaptation", "noisy": "evaluation", "gray": "evaluation"}
 PNG = b"\x89PNG"
-
-
-def scores(datasets: dict[str, float], roles: dict[str, str]) -> dict:
-    means = {}
-    for key, role in (("ka", "adaptation"), ("zs", "evaluation")):
-        of_role = [datasets[name] for name in roles if roles[name] == role]
-        means[key] = float(np.mean(of_role)) if of_role else None
-    both = None not in means.values()
-    return {**means, "gm": float(np.sqrt(means["ka"] * means["zs"])) if both else None, "datasets": datasets}
-
-
-def make_run(
-    folder: Path, *, seed=0, name="merge", updates=3, reached=None, roles=ROLES, full=False, new=False
-) -> Path:
-    """A run folder as `update` writes it, with scores that rise and fall by a few random points.
-
-    `new`: with what runs did not write at first: budgets, the stream, transfer, further measures.
-    """
-    folder.mkdir(parents=True)
-    recipe = {
-        "scale": "tiny",
-        "seed": seed,
-        "stream": {"updates": updates},
-        "method": {"name": name},
-        "schedule": {"name": "cosine", "meta": "none", "warmup": 0.1},
-        "optimizer": {"lr": 1e-3},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    constants = {"roles": roles, **(new_constants(updates, roles) if new else {})}
-    (folder / "run.json").write_text(json.dumps(constants))
-    rng = np.random.default_rng([seed, *name.encode()])
-    lines, steps = [], []
-    for update in range((updates if reached is None else reached) + 1):
-        slope = {"adaptation": 8, "evaluation": -2}
-        values = {n: 40 + update * slope[role] + float(rng.normal()) for n, role in roles.items()}
-        line = {"update": update, **scores(values, roles), "steps": 50 * update, "peak_memory": 3 * 2**29}
-        line["stderr"] = {n: 1 + i + update / 10 for i, n in enumerate(roles)}
-        if full and update in (0, updates):
-            line["full"] = scores({n: v + 1 for n, v in values.items()}, roles)
-        lines.append({**line, **(new_keys(update, updates, roles) if new else {})})
-        if update:
-            steps += [{"update": update, "step": s, "loss": 2 / (s + 1)} for s in range(9, 50, 10)]
-    write_lines(folder, lines)
-    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
-    return folder
-
-
-def new_constants(updates: int, roles: dict[str, str]) -> dict:
-    taught = [name for name in roles if roles[name] == "adaptation"]
-    stream = [{name: 3 + (t + i) % 4 for i, name in enumerate(taught)} for t in range(updates)]
-    return {"stream": stream, "allowed": {"steps": 50, "mafs": 820.0, "seconds": None}}
-
-
-def new_keys(update: int, updates: int, roles: dict[str, str]) -> dict:
-    forward = None if update == updates else 1.5 * update
-    moved = {"forward": forward, "backward": 1 - update, "forgetting": 0.5 * update}
-    classes = {"top5": 90.0 + update, "class_recall": 40.25 + update}
-    found = {"recall@1": 10.0 + update, "recall@5": 30.0 + update, "recall@10": 50.0 + update}
-    return {
-        "concept_means": {"ka": 41.5 + 5 * update, "zs": 38.5 - update},
-        "transfer": moved if update else None,
-        "drift": 1 - 0.0125 * update,
-        "details": {name: found if name == "photos" else classes for name in roles},
-        "gflops": 1000.0 * update,
-        "mafs": 800.0 * update,
-        "samples": 3200 * update,
-        "seconds": 61.25 * update,
-    }
-
-
-def write_lines(folder: Path, lines: list[dict]) -> None:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-class Page(HTMLParser):
-    """Tags, attributes, and the text of the tables' rows."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.attributes, self.rows, self.inside = set(), [], [], ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes += attrs
-        self.inside = tag
-        if tag == "tr":
-            self.rows.append([])
-
-    def handle_endtag(self, tag):
-        self.inside = ""
-
-    def handle_data(self, data):
-        if self.inside in ("td", "th"):
-            self.rows[-1].append(data)
 
 
 @pytest.fixture(scope="module")
@@ -134,21 +31,6 @@ def finished(tmp_path_factory) -> Path:
     run = make_run(tmp_path_factory.mktemp("runs") / "run")
     assert write_report([run]) == run / "report.html"
     return run
-
-
-def groups_of(*folders: Path) -> list[Group]:
-    return group_runs([read_run(folder) for folder in folders])
-
-
-def curves_of(*folders: Path) -> list[figures.Curve]:
-    return report.compare(groups_of(*folders))[0].what
-
-
-def figure_of(draw, curves: list[figures.Curve]):
-    with matplotlib.rc_context(figures.STYLE):
-        figure = draw(curves)
-        figure.draw_without_rendering()
-    return figure
 
 
 def test_the_tables_hold_the_numbers_of_the_metrics(finished):
@@ -363,113 +245,6 @@ def test_the_joint_run_is_a_gold_star_with_the_linear_trade_off_to_it(tmp_path):
     assert not any(
         curve.joint for curve in curves_of(*both)
     )  # one has learned but the first half of the other
-
-
-# --- runs with other test sets ---------------------------------------------------------------------------
-
-
-def child_of(folder: Path, roles: dict[str, str], **how) -> Path:
-    """A run whose first update is its parent's last."""
-    run = make_run(folder, roles=roles, **how)
-    write_lines(run, metrics(run)[1:])
-    return run
-
-
-def mean_of(line: dict, *names: str) -> float:
-    return np.mean([line["datasets"][name] for name in names])
-
-
-def test_runs_are_compared_on_the_test_sets_that_all_have_and_the_others_are_named(tmp_path, capsys):
-    more = {**ROLES, "stars": "adaptation", "rust": "evaluation"}
-    folders = [make_run(tmp_path / "parent"), child_of(tmp_path / "child", more, name="finetune")]
-    text = write_report(folders, tmp_path / "out.html").read_text()
-    told = "KA over letters, flags; ZS over noisy, gray. Left out: stars (only child), rust (only child)."
-    assert told in text and told in capsys.readouterr().err
-    lasts = [metrics(run)[-1] for run in folders]
-    head, *rows = Page(text).rows[:3]
-    for row, last in zip(rows, lasts, strict=True):
-        cells = dict(zip(head, row, strict=True))
-        ka, zs = mean_of(last, "letters", "flags"), mean_of(last, "noisy", "gray")
-        expected = [f"{score:.1f}" for score in (ka, zs, math.sqrt(ka * zs))]
-        assert [cells[key] for key in ("KA", "ZS", "GM")] == expected
-    curves = report.compare(report.comparable(groups_of(*folders))[0])[0].what
-    for curve, run in zip(curves, folders, strict=True):
-        np.testing.assert_allclose(
-            curve.mean["ka"], [mean_of(line, "letters", "flags") for line in metrics(run)]
-        )
-    own = [
-        row for row in Page(text).rows if row[0] == "3" and len(row) == 4
-    ]  # each run by itself: all its sets
-    assert [row[1] for row in own] == [f"{last['ka']:.1f}" for last in lasts]
-
-
-def test_runs_with_the_same_test_sets_are_as_they_were(tmp_path, capsys):
-    folders = [make_run(tmp_path / name, name=name) for name in ("merge", "finetune")]
-    groups = groups_of(*folders)
-    assert report.comparable(groups) == (groups, "")
-    write_report(folders)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("field", ["contents", "classes", "roles"])
-def test_sets_of_one_name_that_are_not_the_same_are_not_compared(tmp_path, field):
-    folders = [make_run(tmp_path / name, name=name) for name in ("a", "b", "c")]
-    for run in folders:
-        constants = json.loads((run / "run.json").read_text())
-        constants |= {"contents": dict.fromkeys(ROLES, "0f"), "classes": {name: ["x"] for name in ROLES}}
-        if run.name == "c":
-            other = {"contents": "f0", "classes": ["y"], "roles": "evaluation"}[field]
-            constants[field] = {**constants[field], "flags": other}
-        (run / "run.json").write_text(json.dumps(constants))
-    groups, told = report.comparable(groups_of(*folders))
-    assert "KA over letters;" in told and "Left out: flags (not the same set in all)." in told
-    assert groups[0].values("ka")[0, -1] == metrics(folders[0])[-1]["datasets"]["letters"]
-    for run in folders[:2]:  # older runs do not say what their sets hold: no reason to leave one out
-        (run / "run.json").write_text(json.dumps({"roles": ROLES}))
-    assert (report.comparable(groups_of(*folders))[1] == "") == (field != "roles")
-
-
-def test_without_a_common_set_of_a_role_its_score_is_unknown_and_that_is_said(tmp_path, capsys):
-    roles = [{"cats": "adaptation", "noisy": "evaluation"}, {"dogs": "adaptation", "noisy": "evaluation"}]
-    roles += [{"birds": "adaptation", "gray": "evaluation"}]
-    folders = [make_run(tmp_path / f"r{i}", roles=r, name=str(i)) for i, r in enumerate(roles)]
-    text = write_report(folders[:2]).read_text()
-    assert "KA is n/a, over no set; ZS over noisy. Left out: cats (only r0), dogs (only r1)." in text
-    assert "KA" not in Page(text).rows[0] and "ZS" in Page(text).rows[0]
-    plane, scores_plot = report.compare(report.comparable(groups_of(*folders[:2]))[0])
-    assert "r0, r1: no KA or no ZS" in figure_of(plane.draw, plane.what).axes[0].get_title("left")
-    assert len(figure_of(scores_plot.draw, scores_plot.what).axes) == 1
-    assert "KA is n/a, over no set; ZS is n/a, over no set." in write_report(folders).read_text()
-    assert "n/a" in capsys.readouterr().err
-
-
-def test_whole_test_sets_are_compared_only_with_whole_ones(tmp_path):
-    folders = [make_run(tmp_path / "whole", full=True), make_run(tmp_path / "subset", name="finetune")]
-    rows = Page(write_report(folders).read_text()).rows
-    assert [row[-1] for row in rows[1:3]] == ["subset", "subset"]
-    assert rows[1][1] == f"{metrics(folders[0])[-1]['ka']:.1f}"
-    folders[1] = make_run(tmp_path / "whole too", name="finetune", full=True)
-    rows = Page(write_report(folders).read_text()).rows
-    assert [row[-1] for row in rows[1:3]] == ["whole", "whole"]
-    assert rows[1][1] == f"{metrics(folders[0])[-1]['full']['ka']:.1f}"
-
-
-def test_what_is_one_runs_is_not_shown_as_if_it_were_all_runs(tmp_path):
-    """The frozen baseline is of one run's sets and stream; a child does not begin with the untouched model."""
-    folders = [make_run(tmp_path / "merge"), child_of(tmp_path / "child", ROLES, name="finetune")]
-    for run in folders:
-        first, *others = metrics(run)
-        write_lines(run, [{**first, "frozen": [30.0, 40.0, 50.0, 60.0]}, *others])
-    alone = figure_of(figures.scores_figure, curves_of(folders[0])).axes[0]
-    assert "frozen features" in alone.get_legend_handles_labels()[1]
-    both = figure_of(figures.scores_figure, curves_of(*folders)).axes[0]
-    assert set(both.get_legend_handles_labels()[1]) == {"merge", "child"}
-    plane = figure_of(figures.plane_figure, curves_of(*folders)).axes[0]
-    starts = {line.get_label(): np.ravel(line.get_data()).tolist() for line in plane.lines}
-    for run, label in zip(folders, ("untouched model", "parent's model"), strict=True):
-        assert starts[label] == [metrics(run)[0]["zs"], metrics(run)[0]["ka"]]
-    text = write_report([folders[1]]).read_text()
-    assert "From its parent&#39;s model (update 1) to the last update" in text
 
 
 def test_evaluations_within_updates_are_small_points_and_nothing_else(tmp_path):

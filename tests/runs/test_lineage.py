@@ -265,7 +265,15 @@ def test_a_child_that_another_process_works_on_keeps_its_name(first):
     (child / "state").mkdir(parents=True)
     (child / "parent.yaml").touch()
     assert child_folder(first, 2).name == "model-update2-b"  # no lock yet: it is being made
-    (child / "lock").touch()
+    (child / "lock").touch()  # as a killed process leaves it
+    assert child_folder(first, 2) == child
+    code = "import sys; from pathlib import Path; from fomo.runs.folder import lock; "
+    code += "held = lock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": ROOT}
+    with subprocess.Popen([sys.executable, "-c", code, child / "lock"], **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert child_folder(first, 2).name == "model-update2-b"
+        other.communicate()
     assert child_folder(first, 2) == child
 
 
@@ -366,6 +374,18 @@ def test_what_the_parent_does_not_keep_is_one_line_that_names_it(family):
     shutil.rmtree(first)
     assert f"{first}: no such run" in refused("rollback", run, "--to", 0)
     assert "kept: 2, 3" in refused("rollback", run, "--to", 7)
+
+
+def test_an_unfinished_run_that_was_rolled_back_and_went_on_has_deployed_its_last_update(
+    small_scale, tmp_path
+):
+    command = ["update", "--scale", small_scale, "--out", tmp_path / "run"]
+    with after_steps(6, terminate):
+        assert invoke(*command).exit_code == 143
+    succeed("rollback", tmp_path / "run", "--to", 0)
+    assert head_of(tmp_path / "run") == 0
+    succeed(*command, "--resume")
+    assert head_of(tmp_path / "run") == 3
 
 
 def test_after_a_rollback_diff_still_knows_what_was_scored(family):
