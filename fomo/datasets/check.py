@@ -24,7 +24,7 @@ from fomo.datasets.arrays import in_chunks
 from fomo.datasets.cache import LIMIT, decode, folder_of, open_complete, open_pixels, summary
 from fomo.datasets.datafile import DataFile, Entry, read, splits_of
 from fomo.datasets.remarks import Reader, of_classes, of_model, of_pictures, of_texts, reader_of
-from fomo.datasets.sources.base import UNREADABLE, Source, peculiarities
+from fomo.datasets.sources.base import UNREADABLE, Source, peculiarities, unread_texts
 from fomo.datasets.sources.webdataset import Shards
 from fomo.errors import UserError
 from fomo.recipe import Model
@@ -137,7 +137,7 @@ def hash_chunk(source: Source, numbers: range) -> tuple[np.ndarray, list[str], C
 def judge(split: Split, data: DataFile, found: Findings, reader: Reader) -> None:
     """What can be said of a split by itself."""
     source, total, warn = split.source, len(split.source), found.warnings
-    warn += [f"{split.name}: {note}" for note in source.notes]
+    warn += [f"{split.name}: {note}" for note in (*source.notes, *unread_texts(source))]
     if split.broken:
         line = summary(split.name, split.broken, total)
         if len(split.broken) > LIMIT * total:

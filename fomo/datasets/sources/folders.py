@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fomo.datasets.arrays import Strings
-from fomo.datasets.sources.base import IMAGE_SUFFIXES, NamedClasses, PictureFiles, captions_beside
+from fomo.datasets.sources.base import IMAGE_SUFFIXES, NamedClasses, PictureFiles, unread_texts
 from fomo.errors import UserError
 
 
@@ -43,7 +43,11 @@ class Folder(PictureFiles, NamedClasses):
             raise UserError(f"{self.path}: no pictures in it or in its folders (known: {known})")
         self.base, self.files = self.path, Strings.of(files)
         if not found and not any(self.captions(i) for i in range(len(self))):
-            raise UserError(f"{self.path}: neither class folders nor a .txt with a caption beside a picture")
+            problem = [
+                "neither class folders nor a .txt with a caption beside a picture",
+                *unread_texts(self),
+            ]
+            raise UserError(f"{self.path}: {'; '.join(problem)}")
 
     def class_names(self, folders: list[str]) -> list[str]:
         for folder in folders:
@@ -57,7 +61,7 @@ class Folder(PictureFiles, NamedClasses):
 
     def captions(self, index: int) -> list[str]:
         """The lines of the `.txt` beside the picture."""
-        return captions_beside(self.path_of(index))
+        return self.captions_beside(index)
 
 
 def folders_in(root: Path) -> list[os.DirEntry]:

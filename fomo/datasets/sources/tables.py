@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fomo.datasets.arrays import Captions, Strings
-from fomo.datasets.sources.base import Captioned, NamedClasses, PictureFiles, captions_beside, distinct
+from fomo.datasets.sources.base import Captioned, NamedClasses, PictureFiles, distinct
 from fomo.errors import UserError
 
 csv.field_size_limit(10_000_000)  # characters of a caption; Python's own limit is 131,072
@@ -53,9 +53,7 @@ class Table(PictureFiles, Captioned, NamedClasses):
             raise UserError(f"{self.path}: no rows below the header")
         self.files = Strings.of(files)
         written = map(distinct, captions)
-        self.texts = Captions.of(
-            [texts or captions_beside(self.path_of(i)) for i, texts in enumerate(written)]
-        )
+        self.texts = Captions.of([texts or self.captions_beside(i) for i, texts in enumerate(written)])
         self.number(list(names), labels)
         if contradictory:
             self.notes = (self.contradiction(contradictory),)
