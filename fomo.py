@@ -60,6 +60,9 @@ def shared_options(*names):
             show_default=True,
             help="Processes that make batches.",
         ),
+        "skip-bad": click.option(
+            "--skip-bad", is_flag=True, help="Go on without pictures that cannot be read, however many."
+        ),
     }
 
     def decorate(command):
@@ -80,8 +83,8 @@ def cli():
 @click.option("--out", metavar="DIR", help="The run folder; by default runs/RECIPE-SCALE-seedN or runs/DATA.")
 @click.option("--resume", is_flag=True, help="Go on where the run folder stands.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
-@shared_options("model", "data", "scale", "set", "seed", "device", "workers")
-def update(path, dry_run, device, workers, **options):
+@shared_options("model", "data", "scale", "set", "seed", "device", "workers", "skip-bad")
+def update(path, dry_run, device, workers, skip_bad, **options):
     """Take a model through every update of a recipe and evaluate it after each.
 
     --data may be a folder of pictures (class folders, a table, tar shards): one update teaches them all.
@@ -97,7 +100,8 @@ def update(path, dry_run, device, workers, **options):
 
             print(ranks.broadcast_object(lambda: preview.dry_run(recipe, device)))
         else:
-            run_and_report(recipe, folder, ranks, resume=options["resume"], device=device, workers=workers)
+            how = {"resume": options["resume"], "skip_bad": skip_bad, "device": device, "workers": workers}
+            run_and_report(recipe, folder, ranks, **how)
 
 
 def run_and_report(recipe, folder, ranks, **how):
@@ -112,14 +116,14 @@ def run_and_report(recipe, folder, ranks, **how):
 @click.argument("run", metavar="RUN")
 @click.option("--data", required=True, metavar="FILE|DIR", help="What the next update teaches.")
 @click.option("--out", metavar="DIR", help="The child's run folder; by default beside RUN, as RUN-updateN.")
-@shared_options("device", "workers")
-def go_on(run, data, out, device, workers):
+@shared_options("device", "workers", "skip-bad")
+def go_on(run, data, out, device, workers, skip_bad):
     """The next update of a finished run, as a child run: its buffer is all that earlier updates taught."""
     from fomo.distributed import process_group
     from fomo.runs.lineage import continue_run
 
     with process_group(device) as ranks:
-        recipe, folder = ranks.broadcast_object(lambda: continue_run(Path(run), data, out))
+        recipe, folder = ranks.broadcast_object(lambda: continue_run(Path(run), data, out, skip_bad))
         run_and_report(recipe, folder, ranks, resume=True, device=device, workers=workers)
 
 
@@ -332,13 +336,16 @@ def list_datasets(root):
 @click.argument("path", metavar="FILE")
 @click.option("--plot", metavar="DIR", help="Draw a contact sheet of each dataset there.")
 @click.option("--model", metavar="NAME/TAG|PATH", help="Whose captions they must fit; by default any CLIP's.")
-def check_data(path, plot, model):
+@click.option("--bad", metavar="LIST.txt", help="Write all pictures that cannot be read: PATH, a tab, why.")
+def check_data(path, plot, model, bad):
     """Open everything that a data file names; exit 2 where something would keep a run from making sense."""
     from fomo.datasets.check import check
     from fomo.load_recipe import load
 
     found = check(path, plot, load(None, data=path, model=model).model if model else None)
     print(found.text())
+    if bad:
+        print(found.write_bad(Path(bad)))
     if found.errors:
         raise UserError(f"{path}: {len(found.errors)} errors, first: {found.errors[0]}")
 

@@ -35,7 +35,14 @@ CHECKPOINT_SECONDS = 300  # between checkpoints within an update
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, *, resume: bool, device: str, workers: int = 0, ranks: Ranks = ALONE
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool,
+    device: str,
+    workers: int = 0,
+    ranks: Ranks = ALONE,
+    skip_bad: bool = False,
 ) -> None:
     """Run `recipe` in the run folder, to its end or to where it is interrupted."""
     ranks.check_batch(recipe.optimizer.batch_size, recipe.optimizer.accumulate)
@@ -48,7 +55,8 @@ def run_recipe(
             # A run that has begun has its model with it: all weights are in the checkpoint.
             begun = checkpoint is not None and run.model.exists()
             clip = load(None, str(run.model)) if begun else starting_model(recipe.model, place)
-        data = datafile.read(recipe.data)
+        run.skip_bad = skip_bad or (resume and run.skipped_bad())
+        data = datafile.read(recipe.data, run.skip_bad)
         if ranks.first and not checkpoint:
             for line in glance(data, Reader(clip.config["model_cfg"], clip.tokenizer)):
                 tqdm.write(f"warning: {line}", file=sys.stderr)
@@ -332,6 +340,6 @@ def set_temperature(model: nn.Module, temperature: Temperature) -> None:
 
 def pools_of_all_ranks(recipe: Recipe, clip: Clip, run: Run) -> Pools:
     """The first rank orders the stream and fills the caches, the others find both."""
-    pools = open_pools(recipe, clip, run.stream()) if run.ranks.first else None
+    pools = open_pools(recipe, clip, run.stream(), run.skip_bad) if run.ranks.first else None
     record = run.ranks.broadcast_object(lambda: pools.record())
-    return pools or open_pools(recipe, clip, record)
+    return pools or open_pools(recipe, clip, record, run.skip_bad)

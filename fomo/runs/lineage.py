@@ -108,7 +108,7 @@ def default_folder(recipe_path: str | Path, recipe: Recipe, data: str | None) ->
 # --- the next update -------------------------------------------------------------------------------------
 
 
-def continue_run(parent: Path, data: str, out: str | None) -> tuple[Recipe, Path]:
+def continue_run(parent: Path, data: str, out: str | None, skip_bad: bool = False) -> tuple[Recipe, Path]:
     """Make the child run that teaches `data` (a data file, or what infer.py takes) in one update.
 
     -> its recipe and folder, to be run with `resume`.
@@ -119,7 +119,7 @@ def continue_run(parent: Path, data: str, out: str | None) -> tuple[Recipe, Path
     if folder.exists():
         raise UserError(f"--out {folder}: exists already")
     with staged_folder(folder) as staging:
-        new = datafile.read(data if is_data_file(data) else as_data_file(data, staging))
+        new = datafile.read(data if is_data_file(data) else as_data_file(data, staging), skip_bad)
         old = datafile.read(parent / "data.yaml")
         names = free_names(new.adaptation, {**old.adaptation, **old.evaluation})
         write_yaml(staging / "data.yaml", both_contents(old, new, names))
@@ -163,7 +163,8 @@ def both_contents(old: DataFile, new: DataFile, names: dict[str, str]) -> dict:
     kept = newer["evaluation"] | older["evaluation"]
     pool = older["pretraining"] + [s for s in newer["pretraining"] if s not in older["pretraining"]]
     kept = {name: spec for name, spec in kept.items() if name not in learnt}
-    return {**older, "pretraining": pool, "adaptation": learnt, "evaluation": kept}
+    skip_bad = old.skip_bad or new.skip_bad
+    return {**older, "skip_bad": skip_bad, "pretraining": pool, "adaptation": learnt, "evaluation": kept}
 
 
 def next_recipe(before: Recipe, folder: Path, updates: int, planned: int) -> Recipe:

@@ -54,6 +54,10 @@ class Source:
     unread: Mapping[int, str] = MappingProxyType({})  # whose `.txt` could not be read so far, and why
     weight: float = 1.0  # in a pretraining pool: how often each picture counts
     cache: str = "auto"  # whether its pixels are cached, see cache.open_pixels
+    skip_bad: bool = (
+        False  # whether it is used without the pictures that cannot be read, however many those are
+    )
+    data_file: Path | None = None  # that names it
     rendered = False  # drawn here: every picture is a square of plain RGB
 
     def __len__(self) -> int:
@@ -94,6 +98,7 @@ class Part(Source):
         self.whole, self.numbers = source, numbers
         self.classes, self.prompts, self.notes = source.classes, source.prompts, source.notes
         self.weight, self.cache, self.rendered = source.weight, source.cache, source.rendered
+        self.skip_bad, self.data_file = source.skip_bad, source.data_file
         self.labels = source.labels[numbers]
 
     def image(self, index: int) -> Image.Image:
