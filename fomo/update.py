@@ -22,6 +22,7 @@ from fomo.devices import Precision, machine, peak_memory, pick_device
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import Interrupted
 from fomo.eval.scorer import Scorer
+from fomo.eval.zero_shot import announced
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Weights
 from fomo.pretrain import starting_model
@@ -62,6 +63,7 @@ def run_recipe(
                 tqdm.write(f"warning: {line}", file=sys.stderr)
         trainer = Trainer(recipe, clip, run, place, workers)
         run.begin(recipe, datafile.content(data), trainer.pools.record(), trainer.constants(), checkpoint)
+        trainer.announce_scores()
         if checkpoint:
             trainer.restore(checkpoint)
         trainer.run_updates()
@@ -282,6 +284,12 @@ class Trainer:
             "stream": composition(self.pools.stream),
             "allowed": self.budget.allowed(),
         }
+
+    def announce_scores(self) -> None:
+        """Say what KA and ZS are in this run."""
+        pictures = {name: len(numbers) for name, numbers in self.pools.subsets.items()}
+        for line in announced(self.pools.tests, pictures) if self.ranks.first else ():
+            tqdm.write(line, file=sys.stderr)
 
     def evaluate(self) -> None:
         """Score the deployed weights, keep them, and make the run resumable from here."""
