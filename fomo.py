@@ -86,6 +86,9 @@ def shared_options(*names):
             show_default=True,
             help="Processes that make batches.",
         ),
+        "skip-bad": click.option(
+            "--skip-bad", is_flag=True, help="Go on without pictures that cannot be read, however many."
+        ),
     }
 
     def decorate(command):
@@ -129,8 +132,8 @@ def cli():
 )
 @click.option("--resume", is_flag=True, help="Go on where the run folder stands.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
-@shared_options("one_class", "model", "data", "scale", "set", "seed", "device", "workers")
-def update(path, dry_run, device, workers, **options):
+@shared_options("one_class", "model", "data", "scale", "set", "seed", "device", "workers", "skip-bad")
+def update(path, dry_run, device, workers, skip_bad, **options):
     """Take a model through every update of a recipe and evaluate it after each.
 
     --data may be a folder of pictures (class folders, a table, tar shards): one update teaches them all.
@@ -145,7 +148,8 @@ def update(path, dry_run, device, workers, **options):
 
             print(ranks.broadcast_object(lambda: preview.dry_run(recipe, device)))
         else:
-            run_and_report(recipe, folder, ranks, resume=options["resume"], device=device, workers=workers)
+            how = {"resume": options["resume"], "skip_bad": skip_bad, "device": device, "workers": workers}
+            run_and_report(recipe, folder, ranks, **how)
 
 
 def run_and_report(recipe, folder, ranks, **how):
@@ -162,15 +166,15 @@ def run_and_report(recipe, folder, ranks, **how):
 @click.option(
     "--out", type=Place("DIR"), help="The child's run folder; by default beside RUN, as RUN-updateN."
 )
-@shared_options("one_class", "device", "workers")
-def go_on(run, data, out, one_class, device, workers):
+@shared_options("one_class", "device", "workers", "skip-bad")
+def go_on(run, data, out, device, workers, **accepted):
     """The next update of a finished run, as a child run: its buffer is all that earlier updates taught."""
     from fomo.distributed import process_group
     from fomo.runs.lineage import child_run
 
     with (
         process_group(device) as ranks,
-        child_run(Path(run), data, out, ranks, one_class) as (recipe, folder),
+        child_run(Path(run), data, out, ranks, **accepted) as (recipe, folder),
     ):
         run_and_report(recipe, folder, ranks, resume=True, device=device, workers=workers)
 
@@ -397,7 +401,10 @@ def list_datasets(root):
 @click.option(
     "--model", type=Place("NAME/TAG|PATH"), help="Whose captions they must fit; by default any CLIP's."
 )
-def check_data(path, plot, model):
+@click.option(
+    "--bad", type=Place("LIST.txt"), help="Write all pictures that cannot be read: PATH, a tab, why."
+)
+def check_data(path, plot, model, bad):
     """Open everything that a data file names; exit 2 where something would keep a run from making sense."""
     from fomo.datasets.check import check
     from fomo.datasets.infer import given
@@ -407,6 +414,8 @@ def check_data(path, plot, model):
     with given(path) as file:
         found = check(file, plot, load(None, data=file, model=model).model if model else None)
     print(found.text())
+    if bad:
+        print(found.write_bad(Path(bad)))
     if found.errors:
         raise UserError(f"{path}: {plural(len(found.errors), 'error')}, first: {found.errors[0]}")
 

@@ -9,12 +9,21 @@ from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 
-import yaml
-
 from fomo.errors import FieldError, UserError
 from fomo.methods import accepted_fields, build_method, innermost
 from fomo.recipe import BUDGETS, Optimizer, Recipe
-from fomo.schema import NOT_YAML, Count, NotNegative, Positive, build, convert, locate, one_of, read_yaml
+from fomo.schema import (
+    NOT_YAML,
+    Count,
+    NotNegative,
+    Positive,
+    build,
+    convert,
+    locate,
+    one_of,
+    parse_yaml,
+    read_yaml,
+)
 
 ROOT = Path(__file__).resolve().parents[1] / "recipes"
 RELEASED = ROOT / "scales" / "by_method" / "released.yaml"  # what suits released models, at batch 512
@@ -187,7 +196,7 @@ def set_path(values: dict, override: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"--set {override}: {parent} is a value already, it has no fields")
     try:
-        values[last] = yaml.safe_load(text)
+        values[last] = parse_yaml(text)
     except NOT_YAML:
         raise UserError(f"--set {override}: {text!r} is not a YAML value") from None
 

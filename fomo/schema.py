@@ -158,10 +158,31 @@ def number(value: Any, kind: type, where: str) -> int | float:
     return kind(value) if isinstance(value, int) else kind(parsed)
 
 
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses what it would pass over: the first of two fields of one name."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = str(self.construct_object(key)), key.start_mark.line + 1
+            if name in lines:
+                twice = f"the field {name} stands there twice, in lines {lines[name]} and {line}"
+                raise yaml.YAMLError(f"{twice}; rename or delete one")
+            lines[name] = line
+        return node
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises one of NOT_YAML."""
+    return yaml.load(text, Loader)  # which is a safe one
+
+
 def read_yaml(path: Path) -> dict:
     """A YAML file of named fields; one clear line for everything that can be wrong with it."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
         if endless(values):
             raise yaml.YAMLError(f"its aliases stand for more than {VALUES:,} values")
     except FileNotFoundError:

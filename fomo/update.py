@@ -22,6 +22,7 @@ from fomo.devices import Precision, machine, peak_memory, pick_device
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import Interrupted
 from fomo.eval.scorer import Scorer
+from fomo.eval.zero_shot import announced
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Weights
 from fomo.pretrain import starting_model
@@ -37,7 +38,14 @@ CHECKPOINT_SECONDS = 300  # between checkpoints within an update
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, *, resume: bool, device: str, workers: int = 0, ranks: Ranks = ALONE
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool,
+    device: str,
+    workers: int = 0,
+    ranks: Ranks = ALONE,
+    skip_bad: bool = False,
 ) -> None:
     """Run `recipe` in the run folder, to its end or to where it is interrupted."""
     ranks.check_batch(recipe.optimizer.batch_size, recipe.optimizer.accumulate)
@@ -46,7 +54,8 @@ def run_recipe(
     try:
         if run.position.finished:
             return
-        data, opened = datafile.read(recipe.data), []
+        run.skip_bad = skip_bad or (resume and run.skipped_bad())
+        data, opened = datafile.read(recipe.data, run.skip_bad), []
         begins = ranks.broadcast_object(lambda: not run.scored)
         if begins:
             ranks.broadcast_object(lambda: opened.extend(opened_and_said(data)))
@@ -54,26 +63,20 @@ def run_recipe(
             # A run that has begun has its model with it: all weights are in the checkpoint.
             begun = checkpoint is not None and run.model.exists()
             clip = load(None, str(run.model)) if begun else starting_model(recipe.model, place)
-<<<<<<< HEAD
         if begins and ranks.first:
             own = not (recipe.model.name or recipe.model.pretrained)
             reader = Reader(clip.config["model_cfg"], clip.tokenizer, own)
             for line in glance(data, reader, opened):
-                tqdm.write(f"warning: {line}", file=sys.stderr)
-=======
-        data = datafile.read(recipe.data)
-        if ranks.first and not checkpoint:
-            for line in glance(data, Reader(clip.config["model_cfg"], clip.tokenizer)):
                 Progress.write(f"warning: {line}", file=sys.stderr)
->>>>>>> 54b0552350c54fabdea0c64eb50deffc1d972788
         trainer = Trainer(recipe, clip, run, place, workers)
         run.begin(recipe, datafile.content(data), trainer.pools.record(), trainer.constants(), checkpoint)
+        trainer.announce_scores()
         if checkpoint:
             trainer.restore(checkpoint)
         if begins and ranks.first and run.position.steps:
             updates, steps = run.position.updates - run.position.update, run.position.steps
             plan = f"{plural(updates, 'update')} of {plural(steps, 'step')}"
-            tqdm.write(f"{plan}, each of {recipe.optimizer.batch_size} pairs", file=sys.stderr)
+            Progress.write(f"{plan}, each of {recipe.optimizer.batch_size} pairs", file=sys.stderr)
         trainer.run_updates()
     finally:
         run.close()
@@ -294,6 +297,12 @@ class Trainer:
             "allowed": self.budget.allowed(),
         }
 
+    def announce_scores(self) -> None:
+        """Say what KA and ZS are in this run."""
+        pictures = {name: len(numbers) for name, numbers in self.pools.subsets.items()}
+        for line in announced(self.pools.tests, pictures) if self.ranks.first else ():
+            Progress.write(line, file=sys.stderr)
+
     def evaluate(self) -> None:
         """Score the deployed weights, keep them, and make the run resumable from here."""
         run, position = self.run, self.run.position
@@ -351,6 +360,6 @@ def set_temperature(model: nn.Module, temperature: Temperature) -> None:
 
 def pools_of_all_ranks(recipe: Recipe, clip: Clip, run: Run) -> Pools:
     """The first rank orders the stream and fills the caches, the others find both."""
-    pools = open_pools(recipe, clip, run.stream()) if run.ranks.first else None
+    pools = open_pools(recipe, clip, run.stream(), run.skip_bad) if run.ranks.first else None
     record = run.ranks.broadcast_object(lambda: pools.record())
-    return pools or open_pools(recipe, clip, record)
+    return pools or open_pools(recipe, clip, record, run.skip_bad)

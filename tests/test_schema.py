@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 import pytest
 
-from fomo.errors import FieldError
-from fomo.schema import Count, NotNegative, Positive, Range, Share, build, convert
+from fomo.errors import FieldError, UserError
+from fomo.load_recipe import load
+from fomo.schema import Count, NotNegative, Positive, Range, Share, build, convert, read_yaml
 
 
 @dataclass(frozen=True)
@@ -92,3 +93,35 @@ def test_a_field_without_a_default_must_be_given():
     with pytest.raises(FieldError, match="missing") as caught:
         build(Needs, {}, "data.x")
     assert caught.value.field == "data.x.path"
+
+
+TWICE = [
+    ("seed: 1\nmethod: {name: lora}\nseed: 2\n", "seed", 1, 3),
+    ("evaluation:\n  pets: {source: csv}\n  'pets': {source: tsv}\n", "pets", 2, 3),
+    ("adaptation:\n  12: {}\n\n  '12': {}\n", "12", 2, 4),  # numbers are names, too
+    ("adaptation:\n  yes: {}\n  True: {}\n", "True", 2, 3),  # and what YAML reads as one value
+    ("optimizer: {lr: 1e-3, betas: [0.9, 0.99],\n  lr: 1e-4}\n", "lr", 1, 2),
+    ("pretraining:\n  - {path: a,\n     source: csv, path: b}\n", "path", 2, 3),
+]
+
+
+@pytest.mark.parametrize(("text", "name", "first", "second"), TWICE)
+def test_a_field_that_stands_twice_is_refused_with_both_lines(tmp_path, text, name, first, second):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_yaml(tmp_path / "a.yaml")
+    twice = f"the field {name} stands there twice, in lines {first} and {second}"
+    assert str(caught.value).startswith(f"{tmp_path}/a.yaml: ") and twice in str(caught.value)
+
+
+def test_fields_of_an_alias_may_be_replaced_by_a_files_own(tmp_path):
+    """YAML's merge key: what stands in the mapping itself goes first."""
+    text = "base: &b {a: 1, b: 2}\nnext: {<<: *b, a: 3}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    found = read_yaml(tmp_path / "a.yaml")
+    assert found["next"] == {"a": 3, "b": 2}
+
+
+def test_the_command_line_is_read_by_the_same_rules(small_scale):
+    with pytest.raises(UserError, match=r"method=.* is not a YAML value"):
+        load(None, scale=str(small_scale), overrides=["method={name: ewc, name: lora}"])

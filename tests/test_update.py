@@ -75,6 +75,15 @@ def test_the_first_weights_are_the_untouched_model(updated, small_scale, tmp_pat
     assert_same(weights_of(tmp_path / "run", 0), weights_of(updated[0], 3))
 
 
+def test_what_ka_is_is_said_once_before_anything_is_scored(small_scale, tmp_path):
+    words = ["KA: accuracy on symbols, flags; the mean of 2 sets", "ZS: accuracy on shapes-inverted"]
+    small = ["--set", "stream.updates=1", "--set", "budget.steps=1"]
+    done = invoke("update", "--scale", small_scale, "--out", tmp_path / "run", *small)
+    said = [line for line in done.stderr.splitlines() if line in words]
+    assert said == words
+    assert invoke("eval", "--scale", small_scale).stdout.splitlines()[:2] == words
+
+
 def test_eval_prints_one_json_document(small_scale):
     done = invoke("eval", "--scale", small_scale, "--json")
     assert done.exit_code == 0, done.output

@@ -33,6 +33,7 @@ from fomo.text import plural
 
 VERSION = 4  # of the file layout and of `shrink`; 3 turned, flattened and rounded otherwise
 LIMIT = 0.01  # share of pictures that may be unreadable
+NAMED = 3  # of them, in messages
 AUTO_LIMIT = 64 * 2**30  # bytes of all pixel caches together up to which `cache: auto` makes a new one
 NOTHING = np.zeros((0, 0, 3), np.uint8)  # what stands for a picture that cannot be read
 
@@ -113,8 +114,8 @@ class Decoded:
         self.broken.add(index)
         expected = LIMIT * self.drawn
         found = f"{self.name}: {plural(len(self.broken), 'picture')} cannot be read among {self.drawn} drawn"
-        if len(self.broken) > expected + 3 * math.sqrt(expected) + 5:
-            raise UserError(f"{found}, last: {problem}; more than the limit of {LIMIT:.0%}")
+        if len(self.broken) > expected + 3 * math.sqrt(expected) + 5 and not self.source.skip_bad:
+            raise UserError(f"{found}, last: {problem}; {beyond(self.source)}")
         tqdm.write(f"{found}, last: {problem}; another stands in", file=sys.stderr)
 
     @cached_property
@@ -148,6 +149,7 @@ def open_pixels(source: Source, how: PreprocessCfg, name: str) -> Pixels | Decod
         build(source, how, name, folder)
         pixels = Pixels(folder)
     if broken := pixels.meta["unreadable"]:
+        check_limit(source, name, broken)
         tqdm.write(f"{summary(name, broken, len(source))}; skipped", file=sys.stderr)
     return pixels
 
@@ -204,9 +206,7 @@ def write(source: Source, how: PreprocessCfg, name: str, pixels: bool, folder: P
         arrays.append(shapes=shapes, **({"pixels": flat} if pixels else {}))
         seen, length = seen + len(shapes), length + len(flat)
         broken += problems
-        if len(broken) > LIMIT * total:
-            of = f"{total}" if seen == total else f"the first {seen}"
-            raise UserError(f"{summary(name, broken, of)}; more than the limit of {LIMIT:.0%}")
+        check_limit(source, name, broken, seen)
     meta = {"source": source.key()[:1000], "size": how.size, "version": VERSION, "count": total}
     arrays.finish(**meta, bytes=length, unreadable=broken)
 
@@ -229,5 +229,24 @@ def decode_chunk(
     return shapes, flat, [problem for _, problem in decoded if problem]
 
 
+def check_limit(source: Source, name: str, broken: list[str], seen: int | None = None) -> None:
+    """A UserError where more pictures cannot be read than may be, of the first `seen`; by default of all."""
+    total = len(source)
+    of = total if seen in (None, total) else f"the first {seen}"
+    if len(broken) == total:
+        raise UserError(f"{summary(name, broken, total)}; there is nothing to go on with")
+    if len(broken) > LIMIT * total and not source.skip_bad:
+        raise UserError(f"{summary(name, broken, of)}; {beyond(source)}")
+
+
+def beyond(source: Source) -> str:
+    """What to do beyond the limit."""
+    listing = f"data check {source.data_file or 'FILE'} --bad LIST.txt"
+    going_on = "`update --skip-bad` (or `skip_bad: true` in the data file) goes on without them"
+    return f"more than the limit of {LIMIT:.0%}; `{listing}` lists all, {going_on}"
+
+
 def summary(name: str, broken: list[str], total: int | str) -> str:
-    return f"{name}: {len(broken)} of {total} pictures cannot be read, first: {broken[0]}"
+    more = f"; and {len(broken) - NAMED} more" if len(broken) > NAMED else ""
+    first = f"first: {'; '.join(broken[:NAMED])}{more}"
+    return f"{name}: {len(broken)} of {total} pictures cannot be read, {first}"

@@ -19,12 +19,13 @@ from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from PIL import Image, ImageDraw
 
 from fomo.architectures import HUB, configuration
+from fomo.atomic import write_atomically
 from fomo.budget.mafs import architecture
 from fomo.datasets.arrays import in_chunks
-from fomo.datasets.cache import LIMIT, decode, folder_of, open_complete, open_pixels, summary
+from fomo.datasets.cache import check_limit, decode, folder_of, open_complete, open_pixels, summary
 from fomo.datasets.datafile import DataFile, Entry, read, splits_of
 from fomo.datasets.remarks import Reader, of_classes, of_model, of_pictures, of_texts, reader_of
-from fomo.datasets.sources.base import UNREADABLE, Source, peculiarities
+from fomo.datasets.sources.base import UNREADABLE, Source, peculiarities, unread_texts
 from fomo.datasets.sources.webdataset import Shards
 from fomo.datasets.understood import problems, say
 from fomo.errors import UserError
@@ -43,7 +44,7 @@ class Split:
     split: str
     source: Source
     hashes: np.ndarray  # (n,) uint64 of the pixels, 0 where the picture cannot be read
-    broken: list[str]
+    broken: list[tuple[str, str]]  # name and reason of each picture that cannot be read
     captions: int  # all of them
     bare: int  # pictures without a caption
     peculiar: Counter  # pictures by what open_clip does not see of them
@@ -76,6 +77,13 @@ class Findings:
         table = aligned([list(HEAD), *(split.row() for split in self.splits)], left=2)
         lines = [f"warning: {text}" for text in self.warnings] + [f"error: {text}" for text in self.errors]
         return "\n".join([table, *([""] if lines else []), *lines])
+
+    def write_bad(self, path: Path) -> str:
+        """A line for each picture that cannot be read: its path, a tab, why; -> how many."""
+        bad = dict(pair for split in self.splits for pair in split.broken)
+        lines = (f"{name}\t{reason}".replace("\n", "\\n") + "\n" for name, reason in bad.items())
+        write_atomically(path, "".join(lines).encode("utf-8", "surrogateescape"))
+        return f"{path}: {len(bad)} pictures that cannot be read"
 
 
 def check(path: str | Path, plot: str | None = None, model: Model | None = None) -> Findings:
@@ -123,8 +131,8 @@ def scan(entry: Entry, split: str, source: Source) -> Split:
     return Split(entry, split, source, np.concatenate(hashes), broken, captions, bare, peculiar)
 
 
-def hash_chunk(source: Source, numbers: range) -> tuple[np.ndarray, list[str], Counter]:
-    """-> hashes of the pixels, what is wrong with broken pictures, how many are peculiar and how."""
+def hash_chunk(source: Source, numbers: range) -> tuple[np.ndarray, list[tuple[str, str]], Counter]:
+    """-> hashes of the pixels, broken pictures and what is wrong, how many are peculiar and how."""
     hashes, problems, peculiar = np.zeros(len(numbers), np.uint64), [], Counter()
     for place, index in enumerate(numbers):
         try:
@@ -132,7 +140,7 @@ def hash_chunk(source: Source, numbers: range) -> tuple[np.ndarray, list[str], C
             pixels = image.convert("RGB")
             peculiar.update(peculiarities(image))
         except UNREADABLE as error:
-            problems.append(f"{source.name_of(index)}: {' '.join(str(error).split())}")
+            problems.append((source.name_of(index), " ".join(str(error).split())))
             continue
         digest = hashlib.blake2b(pixels.tobytes(), digest_size=8, salt=repr(pixels.size).encode()[:16])
         hashes[place] = max(int.from_bytes(digest.digest(), "little"), 1)
@@ -142,13 +150,14 @@ def hash_chunk(source: Source, numbers: range) -> tuple[np.ndarray, list[str], C
 def judge(split: Split, data: DataFile, found: Findings, reader: Reader) -> None:
     """What can be said of a split by itself."""
     source, total, warn = split.source, len(split.source), found.warnings
-    warn += [f"{split.name}: {note}" for note in source.notes]
+    warn += [f"{split.name}: {note}" for note in (*source.notes, *unread_texts(source))]
     if split.broken:
-        line = summary(split.name, split.broken, total)
-        if len(split.broken) > LIMIT * total:
-            found.errors.append(f"{line}, the limit is {LIMIT:.0%}")
-        else:
-            warn.append(line)
+        broken = [f"{name}: {reason}" for name, reason in split.broken]
+        try:
+            check_limit(source, split.name, broken)
+            warn.append(summary(split.name, broken, total))
+        except UserError as error:
+            found.errors.append(str(error))
     warn += of_pictures(split.name, split.peculiar, total, source)
     if isinstance(source, Shards) and source.guessed is not None:
         for label in split.present.tolist():

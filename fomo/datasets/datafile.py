@@ -1,6 +1,7 @@
 """Data files: which sources are the pretraining pool, what there is to learn, and what must be kept.
 
 cache: auto              # or always, never: whether pixels are cached, see cache.open_pixels
+skip_bad: false          # true: however many pictures cannot be read, go on without them
 pretraining: [{source: webdataset, path: "cc3m/{0000..0019}.tar", weight: 2, limit: 100_000}]
 adaptation:
   flowers: {source: webdataset, train: flowers/train.tar, test: flowers/test.tar, prompt: "a photo of a {}."}
@@ -74,6 +75,7 @@ class Entry:
     spec: dict  # as written, with what the catalogue knows
     file: Path
     cache: str = "auto"
+    skip_bad: bool = False
 
     @property
     def task(self) -> str:
@@ -113,7 +115,8 @@ class Entry:
             return self.open_part(split)
         source = self.open_alone(split)
         other = {"train": "test", "test": "train"}[split]
-        if type(source).agree is not Source.agree and other in self.spec and split in self.spec:
+        several = {"train", "test"} <= self.spec.keys() or "split_column" in self.spec
+        if type(source).agree is not Source.agree and several:
             both = {split: source, other: self.open_alone(other)}
             source.agree([both["train"], both["test"]])
         self.show_notes(source, split)
@@ -152,6 +155,7 @@ class Entry:
         source = limited(source, self.spec.get("limit"))
         source.prompts = self.prompts or source.prompts
         source.weight, source.cache = self.spec.get("weight", 1.0), self.cache
+        source.skip_bad, source.data_file = self.skip_bad, self.file
         return source
 
 
@@ -169,6 +173,7 @@ class DataFile:
     adaptation: dict[str, Entry]
     evaluation: dict[str, Entry]
     cache: str = "auto"
+    skip_bad: bool = False
 
     def pool(self) -> list[Source]:
         """The sources of the pretraining pool."""
@@ -181,35 +186,37 @@ class Content:
 
     image_size: Count | None = None
     cache: Literal["auto", "always", "never"] = "auto"
+    skip_bad: bool = False
     pretraining: list | None = None
     adaptation: dict | None = None
     evaluation: dict | None = None
 
 
-def read(path: str | Path) -> DataFile:
-    """Read and check a data file; nothing is opened yet."""
+def read(path: str | Path, skip_bad: bool = False) -> DataFile:
+    """Read and check a data file; nothing is opened yet. skip_bad: as if the file said so."""
     path = Path(path)
     values = read_yaml(path)
     try:
         top = build(Content, values)
+        common = {"cache": top.cache, "skip_bad": top.skip_bad or skip_bad}
         entries = {
-            role: {str(name): entry(str(name), role, spec, path, top.cache) for name, spec in named.items()}
+            role: {str(name): entry(str(name), role, spec, path, **common) for name, spec in named.items()}
             for role, named in (("adaptation", top.adaptation or {}), ("evaluation", top.evaluation or {}))
         }
         for name in entries["adaptation"].keys() & entries["evaluation"].keys():
             raise FieldError(f"evaluation.{name}", "adaptation has a set of this name, scores go by name")
         pool = [
-            entry(f"pretraining[{i}]", "pretraining", spec, path, top.cache)
+            entry(f"pretraining[{i}]", "pretraining", spec, path, **common)
             for i, spec in enumerate(top.pretraining or [])
         ]
     except FieldError as error:
         raise UserError(f"{path}: {error}") from None
-    return DataFile(path, top.image_size, pool, **entries, cache=top.cache)
+    return DataFile(path, top.image_size, pool, **entries, **common)
 
 
-def entry(name: str, role: str, spec: dict, path: Path, cache: str = "auto") -> Entry:
+def entry(name: str, role: str, spec: dict, path: Path, cache: str = "auto", skip_bad: bool = False) -> Entry:
     """An entry with everything checked that can be before its files are opened. Raises a FieldError."""
-    made = Entry(name, role, spec, path, cache)
+    made = Entry(name, role, spec, path, cache, skip_bad)
     if not isinstance(spec, dict) or "source" not in spec:
         raise FieldError(made.where, f"expected named fields with `source`, got {spec!r}")
     typed = {
@@ -280,6 +287,7 @@ def content(data: DataFile) -> dict:
     return {
         "image_size": data.image_size,
         "cache": data.cache,
+        "skip_bad": data.skip_bad,
         "pretraining": [written(entry) for entry in data.pretraining],
         "adaptation": {name: written(entry) for name, entry in data.adaptation.items()},
         "evaluation": {name: written(entry) for name, entry in data.evaluation.items()},

@@ -93,7 +93,7 @@ def unwrapped(tree: Tree) -> tuple[Tree, list[str]]:
 def captions_in(tree: Tree) -> list[str]:
     """The names of the `.txt` files that belong to pictures."""
     stems = {os.path.splitext(name)[0] for name in tree.pictures}
-    return [n for n in tree.others if n.endswith(".txt") and n.removesuffix(".txt") in stems]
+    return [n for n in tree.others if n.lower().endswith(".txt") and n[:-4] in stems]
 
 
 # --- splits ----------------------------------------------------------------------------------------------

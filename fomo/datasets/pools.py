@@ -64,9 +64,9 @@ class Pools:
         return {"sources": {name: fingerprint(part) for name, part in parts}, "updates": updates}
 
 
-def open_pools(recipe: Recipe, clip: Clip, record: dict | None = None) -> Pools:
+def open_pools(recipe: Recipe, clip: Clip, record: dict | None = None, skip_bad: bool = False) -> Pools:
     """`record`: of a run that has begun, as `Pools.record` gave it; its stream is not ordered again."""
-    data = datafile.read(recipe.data)
+    data = datafile.read(recipe.data, skip_bad)
     size = data.image_size or clip.image_size
     concepts, parts, numbers_of = open_adaptation(data, clip, size)
     pool = [Samples(source, clip, size, f"pretraining[{i}]") for i, source in enumerate(data.pool())]

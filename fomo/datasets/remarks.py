@@ -24,14 +24,17 @@ from fomo.text import plural, shortened
 
 LOOKED = 1000
 LONGEST = 16  # contexts up to which a caption's tokens are counted
-CODE = re.compile(r"((class|cls|label|category|cat|id)[\s_-]*)?\d+|[a-z][\s_-]?\d{4,}", re.IGNORECASE)
+CODE = re.compile(
+    r"[\W_]*(((class|cls|label|category|cat|id)[\s_-]*)?\d+(\.\d+)?|[a-z][\s_-]?\d{4,})[\W_]*", re.IGNORECASE
+)
+NUMBERED = re.compile(r"([a-z]+)[\s_-]*0*(\d+)", re.IGNORECASE)
 PICTURES = {
     "turned": "carry an EXIF orientation, by which open_clip turns nothing, so nothing is turned here; to turn "
     "the files: mogrify -auto-orient",
     "transparent": "are transparent, and open_clip shows what lies below, often black; to put them on white: "
     "mogrify -background white -alpha remove -alpha off",
-    "deep": "have 16 or 32 bits a channel, of which open_clip makes white all above 255; to scale them: "
-    "mogrify -depth 8",
+    "deep": "have 16 or 32 bits a channel, of which open_clip makes white all above 255 and black all below 1, so "
+    "values from 0 to 1 are black all over; to scale them: mogrify -depth 8",
 }
 
 
@@ -158,12 +161,22 @@ def lengths_of_cut(texts: list[str], reader: Reader) -> list[int]:
     return [length for length in lengths if length > context]
 
 
+def codes_among(names: list[str]) -> list[str]:
+    """Names that are codes; c0, c1, c2, ... are, where all names of a set are so."""
+    parts = [match.groups() for match in map(NUMBERED.fullmatch, names) if match]
+    numbers = sorted(int(number) for _, number in parts)
+    in_a_row = numbers in (list(range(len(names))), list(range(1, len(names) + 1)))
+    if len(names) > 2 and in_a_row and len({word for word, _ in parts}) == 1:
+        return names
+    return [name for name in names if CODE.fullmatch(name)]
+
+
 def of_classes(entry: Entry, splits: dict[str, Source]) -> list[str]:
     """On the class names of a dataset, which all its splits share."""
     sources = list(splits.values())
     names = sources[0].classes if sources else []
     lines, of = [], f"of {len(names)} class names"
-    if codes := [name for name in names if CODE.fullmatch(name)]:
+    if codes := codes_among(names):
         remedy = (
             "a text tower knows words: rename the folders or values, or write a classes.txt beside shards"
         )

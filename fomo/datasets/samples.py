@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fomo.clip import Clip
 from fomo.datasets.cache import Decoded, Pixels, open_pixels
-from fomo.datasets.sources.base import Source
+from fomo.datasets.sources.base import Source, unread_texts
 
 TOKENISED = 200_000  # pictures of a split up to which all captions are tokenised when it is opened
 
@@ -82,6 +82,8 @@ class Samples:
             numbers = {text: n for n, text in enumerate(dict.fromkeys(t for ts in texts for t in ts))}
             self.captions = Ragged([np.array([numbers[t] for t in ts], dtype=np.int32) for ts in texts])
             self.tokens = Ragged(clip.tokenize(list(numbers))) if numbers else Ragged([])
+        for line in unread_texts(source):
+            tqdm.write(f"{name}: {line}", file=sys.stderr)
         if missing := len(self) - np.count_nonzero(self.described()):
             tqdm.write(f"{name}: {missing} of {len(self)} pictures have no caption", file=sys.stderr)
 

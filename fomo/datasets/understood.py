@@ -88,7 +88,10 @@ def use(entry: Entry, splits: Splits) -> str:
         return "replayed"
     if entry.role == "evaluation":
         return f"{counts['test']} scored, never trained on"
-    how = f" ({entry.spec['holdout']:.0%} of every class, held out)" if "holdout" in entry.spec else ""
+    how = ""
+    if "holdout" in entry.spec:
+        share = f"{entry.spec['holdout']:.0%} of every class, " if splits["train"].classes else ""
+        how = f" ({share}held out)"
     return f"{counts['train']} to learn from, {len(splits['test']):,} to test on{how}"
 
 

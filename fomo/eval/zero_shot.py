@@ -13,7 +13,7 @@ N pictures, C classes, D embedding width.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,11 +28,12 @@ from fomo.datasets.eval_sets import TestSet, open_tests
 from fomo.datasets.features import image_features, text_features
 from fomo.datasets.samples import Collection
 from fomo.distributed import ALONE, Ranks
+from fomo.eval.meaning import RECALL_AT, meaning, near_chance
 from fomo.progress import Progress
 
 COMPARED = 4096  # pictures that are compared with all classes at a time
 TOP = 5
-RANKS, RECALL_AT = (1, 5, 10), 5
+RANKS = (1, 5, 10)
 SHOWN = ("top5", "mean_per_class_recall", "recall@1", "recall@10")  # to people, beside the score
 DRIFT_PICTURES = 512
 
@@ -56,6 +57,7 @@ class Scores:
     gm: float | None  # geometric mean of both
     concept_means: dict[str, float | None]  # "ka" and "zs" as means over concepts
     datasets: dict[str, Score]
+    announced: list[str] = field(default_factory=list)  # what KA and ZS are of
 
     @property
     def means(self) -> dict[str, float | None]:
@@ -84,7 +86,7 @@ class Scores:
         )
 
     def as_text(self) -> str:
-        lines = []
+        lines = list(self.announced)
         for name, s in self.datasets.items():
             more = "".join(f"  {key} {s.details[key]:.2f}" for key in SHOWN if key in s.details)
             lines.append(f"{name:30} {s.metric:10} {s.score:6.2f} +- {s.stderr:.2f}  n={s.n}{more}")
@@ -232,7 +234,17 @@ def summarise(tests: list[TestSet], scores: dict[str, Score]) -> Scores:
     ka, zs = (mean([score.score for score in some]) for some in chosen.values())
     by_class = [mean([value for score in some for value in score.by_class]) for some in chosen.values()]
     gm = None if ka is None or zs is None else math.sqrt(ka * zs)
-    return Scores(ka, zs, gm, dict(zip(("ka", "zs"), by_class, strict=True)), scores)
+    over_concepts = dict(zip(("ka", "zs"), by_class, strict=True))
+    return Scores(ka, zs, gm, over_concepts, scores, announced(tests, {n: s.n for n, s in scores.items()}))
+
+
+def announced(tests: list[TestSet], pictures: Mapping[str, int]) -> list[str]:
+    """What KA and ZS are of, a line each, and warnings where chance is high. pictures: that are scored, by set."""
+    lines = []
+    for score, role in (("KA", "adaptation"), ("ZS", "evaluation")):
+        if sets := [(test.name, test.task, pictures[test.name]) for test in tests if test.role == role]:
+            lines += [meaning(score, sets), *(f"warning: {line}" for line in near_chance(sets))]
+    return lines
 
 
 def drift_sample(collection: Collection, seed: int, n: int = DRIFT_PICTURES) -> np.ndarray:

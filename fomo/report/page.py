@@ -336,6 +336,7 @@ def datasets_table(group: Group) -> Columns:
         "after": Values(both[..., 1]),
         "stderr of after": Values(stderr),
         "change": Values(both[..., 1] - both[..., 0], "+.1f"),
+        "recall@1 after": Values([group.ends("details", name, "recall@1")[:, 1] for name in names]),
     }
 
 

@@ -67,6 +67,9 @@ class Run:
     lock: IO | None = None  # held as long as it is open
     handlers: dict = field(default_factory=dict)  # of signals, before this run took them over
     ranks: Ranks = ALONE  # that train together; the first alone holds the lock and writes
+    skip_bad: bool = (
+        False  # whether pictures that cannot be read are done without, however many: in data.yaml
+    )
     # when `position.seconds` was last brought up to date
     clock: float = field(default_factory=lambda: time.monotonic())
 
@@ -112,6 +115,11 @@ class Run:
         """The stream of a run that has begun and what its sources held, see datasets.pools.Pools.record."""
         return read_json(self.folder / "stream.json")
 
+    def skipped_bad(self) -> bool:
+        """Whether the run has begun with `skip_bad`, as its data.yaml says."""
+        file = self.folder / "data.yaml"
+        return file.exists() and bool(read_yaml(file).get("skip_bad"))
+
     def begin(
         self, recipe: Recipe, data: dict, stream: dict, constants: dict, checkpoint: dict | None
     ) -> None:
@@ -126,9 +134,12 @@ class Run:
             (self.folder / name).mkdir(exist_ok=True)
         (self.folder / "state/head").unlink(missing_ok=True)  # a rollback ends where training goes on
         write_atomically(self.folder / "recipe.yaml", dump(recipe).encode())
-        if Path(recipe.data) != (self.folder / "data.yaml").resolve():
+        file = self.folder / "data.yaml"
+        if Path(recipe.data) != file.resolve():
             text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-            write_atomically(self.folder / "data.yaml", text.encode())
+            write_atomically(file, text.encode())
+        elif self.skip_bad and not self.skipped_bad():  # an inferred one, with its comments
+            write_atomically(file, file.read_bytes() + b"skip_bad: true\n")
         for name, content in (("stream.json", stream), ("run.json", constants)):
             write_atomically(self.folder / name, json.dumps(content, ensure_ascii=False).encode())
         lengths = checkpoint["logs"] if checkpoint else {}

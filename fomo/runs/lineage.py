@@ -141,14 +141,14 @@ def default_folder(recipe_path: str | Path, recipe: Recipe, data: str | None) ->
 
 @contextmanager
 def child_run(
-    parent: Path, data: str, out: str | None, ranks: Ranks, one_class: bool = False
+    parent: Path, data: str, out: str | None, ranks: Ranks, **accepted: bool
 ) -> Iterator[tuple[Recipe, Path]]:
     """The recipe and the folder of a new child run, to be run with `resume`.
 
     If that fails before anything was scored, the folder goes, and its name is free again. An interruption has
     told the way on, so it stays.
     """
-    recipe, folder = ranks.broadcast_object(lambda: continue_run(parent, data, out, one_class))
+    recipe, folder = ranks.broadcast_object(lambda: continue_run(parent, data, out, **accepted))
     try:
         yield recipe, folder
     except Interrupted:
@@ -160,7 +160,9 @@ def child_run(
         raise
 
 
-def continue_run(parent: Path, data: str, out: str | None, one_class: bool = False) -> tuple[Recipe, Path]:
+def continue_run(
+    parent: Path, data: str, out: str | None, one_class: bool = False, skip_bad: bool = False
+) -> tuple[Recipe, Path]:
     """Make the child run that teaches `data` (a data file, or what infer.py takes) in one update.
 
     -> its recipe and folder, to be run with `resume`.
@@ -173,7 +175,8 @@ def continue_run(parent: Path, data: str, out: str | None, one_class: bool = Fal
     else:
         refuse_used(folder, resume=False)
     with staged_folder(folder) as staging:
-        new = datafile.read(data if is_data_file(data) else as_data_file(data, staging, one_class))
+        file = data if is_data_file(data) else as_data_file(data, staging, one_class)
+        new = datafile.read(file, skip_bad)
         old = datafile.read(parent / "data.yaml")
         names = free_names(new.adaptation, {**old.adaptation, **old.evaluation})
         write_yaml(staging / "data.yaml", both_contents(old, new, names))
@@ -230,7 +233,8 @@ def both_contents(old: DataFile, new: DataFile, names: dict[str, str]) -> dict:
     kept = newer["evaluation"] | older["evaluation"]
     pool = older["pretraining"] + [s for s in newer["pretraining"] if s not in older["pretraining"]]
     kept = {name: spec for name, spec in kept.items() if name not in learnt}
-    return {**older, "pretraining": pool, "adaptation": learnt, "evaluation": kept}
+    skip_bad = old.skip_bad or new.skip_bad
+    return {**older, "skip_bad": skip_bad, "pretraining": pool, "adaptation": learnt, "evaluation": kept}
 
 
 def next_recipe(before: Recipe, folder: Path, updates: int, planned: int) -> Recipe:

@@ -297,6 +297,35 @@ def test_more_broken_pictures_than_the_limit_are_an_error_and_no_cache_is_left(c
     assert list((cache / "pixels").iterdir()) == []
 
 
+def test_the_refusal_names_a_few_counts_all_and_says_how_to_go_on(cache):
+    source = squares(40, broken=(3, 7, 11, 20, 39))
+    source.data_file = Path("my/data.yaml")
+    message = one_line(open_pixels, source, square(8), "squares")
+    named = "; ".join(f"squares {n}: truncated" for n in (3, 7, 11))
+    assert f"squares: 5 of 40 pictures cannot be read, first: {named}; and 2 more" in message
+    assert "`data check my/data.yaml --bad LIST.txt` lists all" in message and "--skip-bad" in message
+
+
+def test_pictures_that_are_to_be_skipped_have_no_limit_but_one_must_be_readable(cache, capsys):
+    for form in ("always", "never"):
+        source = squares(40, form, broken=tuple(range(1, 40)), cache=form)
+        source.skip_bad = True
+        pixels = open_pixels(Part(source, np.arange(40)), square(8), "squares")
+        assert [n for n in range(40) if pixels[n].size] == [0]
+        assert np.flatnonzero(pixels.shapes[:, 0]).tolist() == [0]
+    assert "39 of 40 pictures cannot be read, first: always 1: truncated; " in capsys.readouterr().err
+    nothing = squares(40, "nothing", broken=tuple(range(40)))
+    nothing.skip_bad = True
+    assert "40 of 40 pictures cannot be read" in one_line(open_pixels, nothing, square(8), "squares")
+
+
+def test_a_cache_that_was_made_without_a_limit_does_not_lift_it_elsewhere(cache):
+    source = squares(40, broken=(3,))
+    source.skip_bad = True
+    open_pixels(source, square(8), "squares")
+    assert "limit of 1%" in one_line(open_pixels, squares(40, broken=(3,)), square(8), "squares")
+
+
 def shapes(count: int, broken: tuple = (), **fields) -> Drawn:
     """Noise of several shapes."""
     return Drawn("noise", [0] * count, lambda i: noise(i, 9 + i % 5, 9 + i % 3), broken=broken, **fields)

@@ -103,7 +103,30 @@ def test_unreadable_pictures_are_a_warning_up_to_the_limit_and_an_error_beyond(t
     for seed in (101, 102):
         (many / f"{seed}.png").write_bytes(b"")
     (error,) = check(written(tmp_path, data)).errors
-    assert "adaptation.pets (train): 3 of 126 pictures" in error and "the limit is 1%" in error
+    assert "adaptation.pets (train): 3 of 126 pictures" in error and "the limit of 1%" in error
+    data["skip_bad"] = True
+    found = check(written(tmp_path, data))
+    assert not found.errors and "3 of 126 pictures cannot be read, first: " in found.warnings[0]
+
+
+def test_bad_lists_every_picture_that_cannot_be_read(tmp_path, data, cli):
+    """A line each, whatever the limit says and wherever it lies: path, tab, why."""
+    broken = [tmp_path / "pets" / place for place in ("train/cat/1.png", "train/dog/4.png", "test/dog/8.png")]
+    for n, path in enumerate(broken):
+        path.write_bytes(path.read_bytes()[: 20 * n])
+    members = {"1.png": encoded(noise(1)), "1.txt": "a", "2.png": b"nothing", "2.txt": "b"}
+    write_shard(tmp_path / "held.tar", members)
+    arguments = ["data", "check", written(tmp_path, data), "--bad", str(tmp_path / "list.txt")]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 2 and f"{tmp_path}/list.txt: 4 pictures that cannot be read" in result.stdout
+    rows = [line.split("\t") for line in (tmp_path / "list.txt").read_text().splitlines()]
+    assert [row[0] for row in rows] == [*map(str, broken), f"{tmp_path}/held.tar:2.png"]
+    assert all(len(row) == 2 and row[1] for row in rows)
+    for path in broken:
+        path.unlink()
+    write_shard(tmp_path / "held.tar", {"1.png": encoded(noise(1)), "1.txt": "a"})
+    assert CliRunner().invoke(cli, arguments).exit_code == 0
+    assert (tmp_path / "list.txt").read_bytes() == b"" and not list(tmp_path.glob("*.part"))
 
 
 def test_copies_of_test_pictures_are_found_by_their_pixels(tmp_path, data):

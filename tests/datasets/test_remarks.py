@@ -1,5 +1,6 @@
 """Where a line helps there is one, with a number and a remedy: in `data check`, a dry run and an update."""
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -10,11 +11,11 @@ from fomo.budget.dry_run import dry_run
 from fomo.clip import new, save
 from fomo.datasets.check import check
 from fomo.datasets.datafile import read
-from fomo.datasets.remarks import CODE, Reader, glance, reader_of
+from fomo.datasets.remarks import CODE, Reader, codes_among, glance, reader_of
 from fomo.datasets.understood import open_all
 from fomo.load_recipe import load
 from fomo.recipe import Model
-from tests.datasets.inputs import draw, noise, table
+from tests.datasets.inputs import draw, noise, samples, shard, table
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 1}
 TEXT = {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -35,16 +36,95 @@ def lines(file, reader=None) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("name", ["n02099601", "0", "17", "class_3", "Class 12", "label-7", "id5", "x00123"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("n02099601", "0", "17", "class_3", "Class 12", "label-7", "id5", "x00123"),
+        *("1.0", "12.00", "0001_", "_0001", "-1", "#4", "(7)", "class 3.0"),
+    ],
+)
 def test_codes_are_told_from_names(name):
     assert CODE.fullmatch(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["747-400", "A380", "7 up", "cat", "class", "MP3 player", "id card", "n.a.", "R2D2"]
+    "name",
+    [
+        "747-400",
+        "A380",
+        "7 up",
+        "cat",
+        "class",
+        "MP3 player",
+        "id card",
+        "n.a.",
+        "R2D2",
+        "3.5 mm jack",
+        "2-0",
+    ],
 )
 def test_names_with_digits_are_names(name):
     assert not CODE.fullmatch(name)
+
+
+@pytest.mark.parametrize("form", ["c{}", "n{}", "s{:02d}", "Group_{}", "type {}"])
+def test_names_that_only_number_the_classes_are_codes(form):
+    for first in (0, 1):
+        names = [form.format(i) for i in range(first, first + 10)]
+        assert codes_among(names) == names
+        assert codes_among([*names, "cat"]) == codes_among(names[::2]) == []
+
+
+@pytest.mark.parametrize(
+    "names", [["A300", "A310", "A320"], ["F1"], ["boeing 737", "boeing 747", "boeing 757"]]
+)
+def test_models_of_things_are_names(names):
+    assert codes_among(names) == []
+
+
+@pytest.mark.parametrize("label", ["0", "1.0", "0001_"])
+def test_numeric_labels_are_told_whatever_they_stand_in(tmp_path, label):
+    """Else a class is described as `a photo of a 0.`, and nobody has said so."""
+    others = {"0": "1", "1.0": "2.0", "0001_": "0002_"}
+    for n, name in enumerate((label, others[label]) * 3):
+        draw(tmp_path / "pets" / name / f"{n}.png", noise(n))
+    rows = [[f"pets/{name}/{n}.png", name] for n, name in enumerate((label, others[label]) * 3)]
+    table(tmp_path / "pets.csv", [["filepath", "label"], *rows])
+    shard(tmp_path / "a.tar", samples(4, cls=lambda n: str(n % 2)))
+    (tmp_path / "classes.txt").write_text(f"{label}\n{others[label]}\n")
+    columns = {"source": "csv", "caption": None, "concept": "label", "train": "pets.csv", "holdout": 0.3}
+    folder, shards = {**FOLDER, "train": "pets"}, {"source": "webdataset", "train": "a.tar", "holdout": 0.3}
+    for spec in (folder, columns, shards):
+        said = lines(written(tmp_path, adaptation={"pets": spec}))
+        (line,) = (line for line in said if "class names" in line)
+        assert line.startswith("adaptation.pets: 2 of 2 class names are codes or numbers, first: ")
+
+
+def test_numeric_labels_of_torchvision_are_told(real_data, tmp_path):
+    mnist = {"source": "torchvision", "name": "MNIST", "root": str(real_data / "mnist")}
+    data = read(written(tmp_path, adaptation={"mnist": mnist}))
+    said = glance(data, Reader(), open_all(data))
+    assert any("10 of 10 class names are codes or numbers, first: '0'" in line for line in said)
+
+
+def test_pictures_of_floats_from_0_to_1_are_black_and_the_remark_says_so(tmp_path):
+    """The oracle is open_clip's transform, which reads a picture by PIL's `convert("RGB")`."""
+    levels = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    for i, (scale, kind) in enumerate(
+        ((1, np.float32), (65535, np.float32), (65535, np.uint16), (255, np.uint8))
+    ):
+        for n in range(3):
+            draw(
+                tmp_path / "pets" / "cat" / f"{i}{n}.tif", Image.fromarray((scale * levels + n).astype(kind))
+            )
+    black, white = (
+        (np.asarray(Image.open(tmp_path / f"pets/cat/{n}0.tif").convert("RGB")) / 255) for n in (0, 1)
+    )
+    assert black.max() <= 1 / 255 and (white[1:] == 1).all()
+    draw(tmp_path / "pets" / "dog" / "1.png", noise(1))
+    said = lines(written(tmp_path, adaptation={"pets": {**FOLDER, "train": "pets"}}))
+    deep = [line for line in said if "16 or 32 bits" in line]
+    assert deep and all("white all above 255 and black all below 1" in line for line in deep)
 
 
 def test_what_is_wrong_with_class_names(tmp_path):
@@ -57,8 +137,6 @@ def test_what_is_wrong_with_class_names(tmp_path):
 
 
 def test_names_without_pictures(tmp_path):
-    from tests.datasets.inputs import samples, shard
-
     shard(tmp_path / "a.tar", samples(4, cls=lambda n: str(n % 2)))
     (tmp_path / "classes.txt").write_text("cat\ndog\nyak\nemu\n")
     (line,) = lines(written(tmp_path, evaluation={"pets": {"source": "webdataset", "test": "a.tar"}}))

@@ -509,10 +509,12 @@ def test_ka_and_zs_are_means_over_datasets_and_gm_their_geometric_mean():
 
 def test_a_score_without_sets_is_none_rather_than_zero():
     tests, scores = scored({"a": 10.0}, "adaptation")
-    expected = Scores(10, None, None, {"ka": None, "zs": None}, scores)
+    expected = Scores(10, None, None, {"ka": None, "zs": None}, scores, ["KA: accuracy on a"])
     assert summarise(tests, scores) == expected
     tests, scores = scored({"a": 10.0}, "evaluation")
-    assert summarise(tests, scores) == replace(expected, ka=None, zs=10, datasets=scores)
+    assert summarise(tests, scores) == replace(
+        expected, ka=None, zs=10, datasets=scores, announced=["ZS: accuracy on a"]
+    )
 
 
 def test_means_over_concepts_weigh_every_class_alike_and_a_retrieval_set_as_one(tiny, captioned):
@@ -557,6 +559,21 @@ def test_metrics_lines_and_json_have_the_promised_fields():
     row = {"metric": "accuracy", "score": 25, "n": 3, "stderr": 1.5, "details": {"top5": 90}}
     assert document["datasets"]["b"] == row and document["datasets"].keys() == {"a", "b"}
     assert "16.00" in result.as_text()
+
+
+def test_recall_at_1_stands_beside_recall_at_5_wherever_a_score_is_told(tiny, captioned):
+    """Among five pictures recall@5 is 100 whatever the model is, and a line says so."""
+    test = as_test(tiny, captioned, "captioned", "retrieval")
+    scores, _ = evaluate(tiny, [test], {"captioned": np.arange(5)}, CPU)
+    first = scores.datasets["captioned"].details["recall@1"]
+    score = scores.datasets["captioned"]
+    assert score.details["t2i@5"] == 100 and 0 <= first <= 100
+    announced, warning, line, *_ = scores.as_text().splitlines()
+    assert announced == "ZS: recall@5 among 5 pictures on captioned"
+    assert warning.startswith("warning: captioned: 5 test pictures are few, ") and "in 100%" in warning
+    assert f"recall@5    {score.score:.2f} +- {score.stderr:.2f}  n=5  recall@1 {first:.2f}" in line
+    assert json.loads(scores.as_json())["datasets"]["captioned"]["details"]["recall@1"] == first
+    assert scores.as_metrics()["details"]["captioned"]["recall@1"] == first
 
 
 # Opening

@@ -296,6 +296,8 @@ def test_what_runs_have_come_to_write_is_shown(tmp_path):
     assert ["2", "100", "100", "6,400", "2,000", "1,600", "1,640", "122", "1.50"] in rows
     measures = ["dataset", "top5", "class recall", "recall@1", "recall@5", "recall@10"]
     assert any(row[0] == "dataset" and sorted(row) == sorted(measures) for row in rows)
+    scored = ["dataset", "role", "before", "after", "stderr of after", "change", "recall@1 after"]
+    assert scored in rows
     assert out.read_text().count("<svg") == 6  # two of all scores, changes, training, stream, budget
 
 

@@ -70,6 +70,40 @@ def test_a_folder_becomes_one_update_with_a_tenth_held_out(place):
     assert curve[0.5] == pytest.approx(scored[-1]["ka"])  # what was deployed is on the curve
 
 
+@pytest.mark.parametrize("form", ["folder", "data file"])
+def test_what_cannot_be_read_is_skipped_on_request_and_so_it_stays(small_scale, tmp_path, form):
+    """Said once: what resumes and what goes on need not say it again."""
+    photos, run = draw(tmp_path / "photos", "flags", slice(0, 3)), tmp_path / "run"
+    for bad in sorted(photos.rglob("*.png"))[::9]:
+        bad.write_bytes(b"nothing")
+    data = photos
+    if form == "data file":
+        data = tmp_path / "own.yaml"
+        data.write_text(f"adaptation: {{photos: {{source: folder, train: {photos}, holdout: 0.2}}}}\n")
+    command = ("update", "--scale", small_scale, "--data", data, "--out", run, "--set", "stream.updates=1")
+    told = refused(*command)
+    assert "pictures cannot be read, first: " in told and "--skip-bad" in told and "--bad LIST.txt" in told
+    succeed(*command, "--skip-bad")
+    whole = weights_of(run, 1)
+    assert yaml.safe_load((run / "data.yaml").read_text())["skip_bad"] is True
+    for kept in (run / "state").iterdir():  # as if killed before the first checkpoint
+        kept.unlink()
+    succeed(*command, "--resume")
+    assert_same(weights_of(run, 1), whole)
+    new = draw(tmp_path / "new", "stars", slice(0, 2))
+    succeed("continue", run, "--data", new, "--out", tmp_path / "child")
+    assert yaml.safe_load((tmp_path / "child/data.yaml").read_text())["skip_bad"] is True
+
+
+def test_a_child_may_be_the_first_that_skips(place, tmp_path):
+    new, parent = draw(tmp_path / "new", "stars", slice(4, 6)), place / "runs/model"
+    for bad in sorted(new.rglob("*.png"))[::5]:
+        bad.write_bytes(b"nothing")
+    assert "cannot be read" in refused("continue", parent, "--data", new, "--out", tmp_path / "first")
+    succeed("continue", parent, "--data", new, "--out", tmp_path / "second", "--skip-bad")
+    assert yaml.safe_load((tmp_path / "second/data.yaml").read_text())["skip_bad"] is True
+
+
 def test_a_child_goes_on_where_its_parent_ended(place):
     parent, child = place / "runs/model", place / "runs/model-update2"
     origin = yaml.safe_load((child / "parent.yaml").read_text())

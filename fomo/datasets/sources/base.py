@@ -8,19 +8,34 @@ import hashlib
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from fomo.datasets.arrays import Captions, Strings
 from fomo.errors import UserError
 from fomo.text import plural
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+# Of pictures that people train on, not all that Pillow opens: documents, films and measurements are no pictures.
+SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff")
+SUFFIXES += ("jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm")
 UNREADABLE = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
 UNREADABLE += (EOFError, IndexError, OverflowError, struct.error, zlib.error)  # what damaged files also raise
+HELD_OUT = 50  # pictures with captions that are enough to test on
+
+
+def readable(suffixes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that this Pillow opens: WebP, AVIF and JPEG 2000 are parts that it may have been built without."""
+    forms = Image.registered_extensions()
+    missing = {None} if features.check("jpg_2000") else {None, "JPEG2000"}  # that is registered all the same
+    return tuple(suffix for suffix in suffixes if forms.get(f".{suffix}") not in missing)
+
+
+IMAGE_SUFFIXES = readable(SUFFIXES)
 
 
 class Source:
@@ -37,8 +52,13 @@ class Source:
     labels: np.ndarray
     prompts: tuple[str, ...] = ("a photo of a {}.",)
     notes: tuple[str, ...] = ()
+    unread: Mapping[int, str] = MappingProxyType({})  # whose `.txt` could not be read so far, and why
     weight: float = 1.0  # in a pretraining pool: how often each picture counts
     cache: str = "auto"  # whether its pixels are cached, see cache.open_pixels
+    skip_bad: bool = (
+        False  # whether it is used without the pictures that cannot be read, however many those are
+    )
+    data_file: Path | None = None  # that names it
     rendered = False  # drawn here: every picture is a square of plain RGB
 
     def __len__(self) -> int:
@@ -87,6 +107,7 @@ class Part(Source):
         self.whole, self.numbers = source, numbers
         self.classes, self.prompts, self.notes = source.classes, source.prompts, source.notes
         self.weight, self.cache, self.rendered = source.weight, source.cache, source.rendered
+        self.skip_bad, self.data_file = source.skip_bad, source.data_file
         self.labels = source.labels[numbers]
 
     def image(self, index: int) -> Image.Image:
@@ -97,6 +118,10 @@ class Part(Source):
 
     def caption_counts(self) -> np.ndarray:
         return self.whole.caption_counts()[self.numbers]
+
+    @property
+    def unread(self) -> Mapping[int, str]:
+        return self.whole.unread
 
     def name_of(self, index: int) -> str:
         return self.whole.name_of(int(self.numbers[index]))
@@ -126,12 +151,19 @@ def limited(source: Source, limit: int | None) -> Source:
 def holdout_mask(source: Source, share: float) -> np.ndarray:
     """(n,) bool: about `share` of every class, at least one and not all; of a class of one picture none.
 
+    Of pictures without classes about HELD_OUT are taken where that is more, but at most a third: recall@5 among
+    five pictures is always 100.
+
     A hash of a sample's name decides, so samples that are added later move none from one side to the other
-    (but the last of its class that is left on a side).
+    (but the last of its class that is left on a side). Without classes the share falls as the set grows, from a
+    third of 150 pictures to `share` of HELD_OUT / `share`: on the way some test pictures are given to training,
+    and never one back, so nothing that was learnt is tested on.
     """
     names = (source.id_of(index).encode("utf-8", "surrogateescape") for index in range(len(source)))
     digests = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
     draws = np.frombuffer(digests, "<u8") / 2**64  # (n,) in [0, 1)
+    if (source.labels < 0).all():
+        share = max(share, min(1 / 3, HELD_OUT / max(len(source), 1)))
     test = draws < share
     order = np.lexsort((draws, source.labels))
     _, starts, counts = np.unique(source.labels[order], return_index=True, return_counts=True)
@@ -149,8 +181,20 @@ class PictureFiles(Source):
     def path_of(self, index: int) -> str:
         return os.path.join(self.base, self.files[index])
 
+    @cached_property
+    def unread(self) -> dict[int, str]:
+        return {}
+
     def image(self, index: int) -> Image.Image:
         return Image.open(self.path_of(index))
+
+    def captions_beside(self, index: int) -> list[str]:
+        """The lines of the `.txt` beside a picture; of one that cannot be read none, and `unread` has it."""
+        try:
+            return captions_beside(self.path_of(index))
+        except UserError as error:
+            self.unread[index] = str(error)
+            return []
 
     def name_of(self, index: int) -> str:
         return self.path_of(index)
@@ -202,13 +246,22 @@ def distinct(texts: list[str]) -> list[str]:
 
 def captions_beside(picture: str) -> list[str]:
     """Of the `.txt` that has the picture's name but for the suffix; none without such a file."""
-    file = os.path.splitext(picture)[0] + ".txt"
-    if not os.path.isfile(file):
+    stem = os.path.splitext(picture)[0]
+    file = next((stem + end for end in (".txt", ".TXT", ".Txt") if os.path.isfile(stem + end)), None)
+    if file is None:
         return []
     try:
         return caption_lines(Path(file).read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a readable caption: {error}") from None
+
+
+def unread_texts(source: Source) -> list[str]:
+    """A line about files of captions that could not be read so far, if there are any."""
+    problems = list(source.unread.values())
+    return (
+        [f"{len(problems)} texts cannot be read and are left out, first: {problems[0]}"] if problems else []
+    )
 
 
 class Captioned(Source):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fomo.datasets.arrays import Strings
-from fomo.datasets.sources.base import IMAGE_SUFFIXES, NamedClasses, PictureFiles, captions_beside
+from fomo.datasets.sources.base import IMAGE_SUFFIXES, NamedClasses, PictureFiles, unread_texts
 from fomo.errors import UserError
 from fomo.schema import Natural
 from fomo.text import plural
@@ -110,7 +110,11 @@ class Folder(PictureFiles, NamedClasses):
             raise UserError(f"{self.path}: no pictures in it or in its folders (known: {known})")
         self.base, self.files = self.path, Strings.of(files)
         if not found and not any(self.captions(i) for i in range(len(self))):
-            raise UserError(f"{self.path}: neither class folders nor a .txt with a caption beside a picture")
+            problem = [
+                "neither class folders nor a .txt with a caption beside a picture",
+                *unread_texts(self),
+            ]
+            raise UserError(f"{self.path}: {'; '.join(problem)}")
         self.notes = tuple(left_out(tree, folders, found))
 
     def class_names(self, folders: list[str]) -> list[str]:
@@ -128,7 +132,7 @@ class Folder(PictureFiles, NamedClasses):
 
     def captions(self, index: int) -> list[str]:
         """The lines of the `.txt` beside the picture."""
-        return captions_beside(self.path_of(index))
+        return self.captions_beside(index)
 
 
 def suffix_of(name: str) -> str:
@@ -168,7 +172,11 @@ def skipped_files(tree: Tree, used: Collection[str] = ()) -> str:
         stems = {os.path.splitext(name)[0] for name in folder.pictures}
         for name in folder.others:
             stem, suffix = os.path.splitext(name)
-            if not (suffix == ".txt" and stem in stems) and suffix.lower() not in used and name not in used:
+            if (
+                not (suffix.lower() == ".txt" and stem in stems)
+                and suffix.lower() not in used
+                and name not in used
+            ):
                 kinds[suffix.lower() or name] += 1
     if not kinds:
         return ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from unicodedata import normalize
 
 from fomo.datasets.arrays import Captions, Strings
-from fomo.datasets.sources.base import Captioned, NamedClasses, PictureFiles, captions_beside, distinct
+from fomo.datasets.sources.base import Captioned, NamedClasses, PictureFiles, distinct
 from fomo.datasets.sources.folders import Tree
 from fomo.datasets.sources.split_names import chosen_test, split_in
 from fomo.errors import UserError, one_line
@@ -66,9 +66,7 @@ class Rows(PictureFiles, Captioned, NamedClasses):
             raise UserError(f"{self.path}: no rows below the header")
         self.files = Strings.of(files)
         written = map(distinct, captions)
-        self.texts = Captions.of(
-            [texts or captions_beside(self.path_of(i)) for i, texts in enumerate(written)]
-        )
+        self.texts = Captions.of([texts or self.captions_beside(i) for i, texts in enumerate(written)])
         self.number(list(names), labels)
         self.notes = tuple(self.remarks(contradictory))
 

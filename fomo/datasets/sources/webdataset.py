@@ -27,17 +27,33 @@ from fomo.datasets.sources.hub import expand, fetch
 from fomo.errors import UserError
 from fomo.progress import Progress
 
-VERSION = 3  # of the index: of its form, and of which members are samples
+VERSION = 4  # of the index: of its form, and of which members are samples
 NAMES_FILES = ("classes.txt", "classnames.txt")
 TEXTS = ("cls", "txt", "json")
 CAPTION_KEYS = ("caption", "text")  # of a .json that has no "captions"; the first that is there
+MOST_CLASSES = 10_000_000
+UNLABELLED = "samples have a .cls that is no number and are left out"
+UNREAD = "texts cannot be read and are left out"
+PLAIN = "-c FILE > PLAIN.tar"
+OTHERS = {  # what a file that is no tar file begins with -> what it is, and what to do
+    b"\x1f\x8b": ("compressed (gzip)", f"gunzip {PLAIN}"),
+    b"BZh": ("compressed (bzip2)", f"bunzip2 {PLAIN}"),
+    b"\xfd7zXZ\0": ("compressed (xz)", f"unxz {PLAIN}"),
+    b"\x28\xb5\x2f\xfd": ("compressed (zstd)", f"unzstd {PLAIN}"),
+    b"PK": ("a zip archive", "unzip it, and name the folder"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it with `7z x`, and name the folder"),
+    b"Rar!": ("a rar archive", "unpack it with `unrar x`, and name the folder"),
+    b"version https://git-lfs": ("Git's note of where a large file is", "git lfs pull"),
+    b"<": ("a web page, not what was to be fetched", "fetch it again"),
+}
 
 
 class Shards(Captioned, NumberedClasses):
     """Tar shards end to end: members that share a name but for the suffix are one sample (`.jpg .cls .txt .json`).
 
     `shirt.back.jpg` with a `shirt.back.txt` is a sample beside `shirt.jpg`. Without texts of its own it belongs to
-    `shirt`: it is that sample's picture if there is no `shirt.jpg`, else it is left out, with a note.
+    `shirt`: it is that sample's picture if there is no `shirt.jpg`, else it is left out, with a note. Suffixes may
+    be in any case.
     """
 
     def open_shards(self, paths: list[str], names: Path | None, keys: tuple[str, ...] = ()) -> None:
@@ -56,7 +72,8 @@ class Shards(Captioned, NumberedClasses):
         self.texts = Captions(Strings.read(folder, "texts"), read_array(folder, "rows", np.int64))
         self.labels = read_array(folder, "labels", np.int64)
         if not len(self.labels):
-            raise UserError(f"{paths[0]}: no samples, expected members such as 000.jpg, 000.txt, 000.cls")
+            problem = "no samples, expected members such as 000.jpg, 000.txt, 000.cls"
+            raise UserError(f"{paths[0]}: {'; '.join([problem, *meta['notes']])}")
         self.notes += tuple(meta["notes"])
         self.name_classes(self.first_captions(), names, read_names(names) if names else [], self.files[0])
 
@@ -86,7 +103,7 @@ class Shards(Captioned, NumberedClasses):
         return self.names[index]
 
     def key(self) -> str:
-        return f"webdataset {VERSION} " + " ".join(stamp(path) for path in self.files)
+        return f"webdataset {VERSION} {' '.join(IMAGE_SUFFIXES)} {' '.join(map(stamp, self.files))}"
 
 
 def stamp(path: str) -> str:
@@ -116,7 +133,7 @@ class Webdataset(Shards):
 
 def index_of(files: list[str], key: str, caption_keys: tuple[str, ...]) -> Path:
     """The folder with the index of these shards, made now if it is not there yet."""
-    digest = hashlib.sha256(f"{VERSION} {caption_keys} {key}".encode()).hexdigest()[:20]
+    digest = hashlib.sha256(f"{caption_keys} {key}".encode()).hexdigest()[:20]
     folder = cache_root() / "indexes" / digest
     if not folder.exists():
         make(folder, partial(write_index, files, caption_keys))
@@ -148,11 +165,15 @@ def scan(file: str, keys: tuple[str, ...]) -> tuple[dict, dict[str, tuple[int, s
     """-> the columns of one shard's index, and what is to be noted: of how many members, and of which first."""
     try:
         found, noted = with_pictures(read_members(file))
-        labels = [label_of(sample) for sample in found]
-        captions = Captions.of([captions_of(sample, keys, noted) for sample in found])
     except (tarfile.TarError, OSError, ValueError) as error:
         # returned, not raised: what a worker process raises arrives with its traceback as text
-        return UserError(f"{file}: not a readable tar shard: {error}")
+        other = told_apart(file) if isinstance(error, tarfile.ReadError) else None
+        return UserError(f"{file}: {other or f'not a readable tar shard: {error}'}")
+    labels = [label_of(sample, noted) for sample in found]
+    found, labels = [
+        [x for x, label in zip(of, labels, strict=True) if label is not None] for of in (found, labels)
+    ]
+    captions = Captions.of([captions_of(sample, keys, noted) for sample in found])
     names = Strings.of(sample.name for sample in found)
     columns = {
         "offsets": np.array([sample.offset for sample in found], np.int64),
@@ -167,6 +188,16 @@ def scan(file: str, keys: tuple[str, ...]) -> tuple[dict, dict[str, tuple[int, s
     return columns, {what: (len(names), f"{file}:{names[0]}") for what, names in noted.items() if names}
 
 
+def told_apart(file: str | Path) -> str | None:
+    """What a file is by its first bytes, where that is one of OTHERS, whatever it is called; and what to do."""
+    with open(file, "rb") as opened:
+        start = opened.read(32)
+    for mark, (what, remedy) in OTHERS.items():
+        if start.startswith(mark):
+            return f"it is {what}; expected a plain tar file, whose members are read in place: {remedy}"
+    return None
+
+
 @dataclass
 class TarSample:
     """Members that share a name but for the suffix."""
@@ -179,6 +210,7 @@ class TarSample:
         default_factory=dict
     )  # suffix -> name and content of the member
     spare: list[str] = field(default_factory=list)  # further pictures
+    shared: set[str] = field(default_factory=set)  # suffixes of texts that other samples have taken over
 
     def take(self, name: str, offset: int, size: int) -> None:
         if self.offset >= 0:
@@ -195,6 +227,8 @@ def read_members(path: str) -> dict[str, TarSample]:
             if not member.isfile():
                 continue
             folder, _, base = member.name.rpartition("/")
+            if base.startswith("._"):  # what macOS's tar adds of its own to every file
+                continue
             stem, _, suffix = base.rpartition(".")
             key, suffix = base.partition(".")[0], suffix.lower()
             if suffix not in (*IMAGE_SUFFIXES, *TEXTS):
@@ -212,12 +246,15 @@ def read_members(path: str) -> dict[str, TarSample]:
 
 def with_pictures(samples: dict[str, TarSample]) -> tuple[list[TarSample], dict[str, list[str]]]:
     """The samples that have a picture, and the names of the members that are left out, by why."""
-    for stem, sample in list(samples.items()):
-        whole = samples.get(sample.key)
-        if stem == sample.key or whole is None or sample.offset < 0:
+    by_depth = sorted(samples.items(), key=lambda pair: pair[0].rpartition("/")[2].count("."))
+    for stem, sample in by_depth:
+        whole = whole_of(stem, samples)
+        if whole is None or sample.offset < 0:
             continue
         if sample.texts:
-            sample.texts = {k: text for k, text in whole.texts.items() if k == "cls"} | sample.texts
+            taken = {k: v for k, v in whole.texts.items() if k == "cls" or whole.offset < 0}
+            whole.shared |= taken.keys() - sample.texts.keys()
+            sample.texts = taken | sample.texts
         elif whole.texts:  # it is the picture of the whole, or one more of it
             del samples[stem]
             if whole.offset < 0:
@@ -233,7 +270,11 @@ def with_pictures(samples: dict[str, TarSample]) -> tuple[list[TarSample], dict[
             s.name for s in rest if s.key not in keys
         ],
         "texts belong to no picture and are left out": [
-            s.name for s in rest if s.key in keys and s.texts.keys() - {"cls"}
+            name
+            for s in rest
+            if s.key in keys
+            for suffix, (name, _) in s.texts.items()
+            if suffix not in {"cls", *s.shared}
         ],
         "pictures belong to a sample that has one and are left out": [
             name for s in found for name in s.spare
@@ -241,34 +282,57 @@ def with_pictures(samples: dict[str, TarSample]) -> tuple[list[TarSample], dict[
     }
 
 
-def label_of(sample: TarSample) -> int:
-    """Of its `.cls`; -1 without one."""
+def whole_of(stem: str, samples: dict[str, TarSample]) -> TarSample | None:
+    """The sample that a name with dots may belong to: of `shirt.back.left` `shirt.back`, else `shirt`."""
+    folder, _, base = stem.rpartition("/")
+    while "." in base:
+        base = base.rpartition(".")[0]
+        if whole := samples.get(f"{folder}/{base}"):
+            return whole
+    return None
+
+
+def label_of(sample: TarSample, noted: dict[str, list[str]]) -> int | None:
+    """Of its `.cls`; -1 without one, None (and `noted`) where that is no number."""
     name, data = sample.texts.get("cls", ("", b"-1"))
-    with member_errors(name):
-        return int(data.decode("utf-8"))
+    try:
+        label = int(data.decode("utf-8-sig"))
+        if label >= MOST_CLASSES:
+            raise ValueError(f"{label} is no number of a class")
+        return label
+    except ValueError as error:
+        noted.setdefault(UNLABELLED, []).append(f"{name} ({error})")
+        return None
 
 
 def captions_of(sample: TarSample, keys: tuple[str, ...], noted: dict[str, list[str]]) -> list[str]:
     """The lines of its `.txt`, then "captions" of its `.json`; without any, its "caption" or "text".
 
-    The last is a guess, so it is `noted`. keys: of the `.json`, in place of all these.
+    The last is a guess, so it is `noted`, as is what cannot be read. keys: of the `.json`, in place of all these.
     """
+    content, listed, written = {}, [], []
     name, data = sample.texts.get("json", ("", b"{}"))
-    with member_errors(name):
-        content = json.loads(data.decode("utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError('expected named fields, as {"caption": TEXT}')
-        if keys:
-            return distinct([text for key in keys for text in texts_under(key, content)])
-        listed = texts_under("captions", content)
+    with leaving_out(name, noted):
+        content = named_fields(data)
+        listed = [text for key in keys or ("captions",) for text in texts_under(key, content)]
+    if keys:
+        return distinct(listed)
     text_name, text = sample.texts.get("txt", ("", b""))
-    with member_errors(text_name):
-        captions = distinct([*caption_lines(text), *listed])
+    with leaving_out(text_name, noted):
+        written = caption_lines(text)
+    captions = distinct([*written, *listed])
     for key in CAPTION_KEYS:
         if not captions and is_text(content.get(key)) and (captions := distinct(texts_under(key, content))):
             what = f'pictures have the "{key}" of their .json as caption (`caption: KEY` takes another)'
             noted.setdefault(what, []).append(name)
     return captions
+
+
+def named_fields(data: bytes) -> dict:
+    content = json.loads(data.decode("utf-8-sig"))
+    if not isinstance(content, dict):
+        raise ValueError('expected named fields, as {"caption": TEXT}')
+    return content
 
 
 def texts_under(key: str, content: dict) -> list[str]:
@@ -286,9 +350,9 @@ def is_text(value: object) -> bool:
 
 
 @contextmanager
-def member_errors(member: str) -> Iterator[None]:
-    """What is wrong with a member's content is a ValueError that names it."""
+def leaving_out(member: str, noted: dict[str, list[str]]) -> Iterator[None]:
+    """A member whose content cannot be read is `noted`, and its sample goes on without it."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{member}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        noted.setdefault(UNREAD, []).append(f"{member} ({error})")

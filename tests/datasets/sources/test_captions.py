@@ -1,26 +1,28 @@
 """A `.txt` means the same wherever it lies: beside a picture in a folder or of a table, and in a shard."""
 
+import numpy as np
 import pytest
 
-from fomo.datasets.sources.base import Source
+from fomo.datasets.sources.base import Part, Source, unread_texts
 from fomo.datasets.sources.folders import Folder
 from fomo.datasets.sources.tables import Table
 from fomo.datasets.sources.webdataset import Webdataset
-from tests.datasets.inputs import PNG, one_line, shard, table, write
+from tests.datasets.inputs import PNG, shard, table, write
 
 
 @pytest.fixture(params=["folder", "shard", "table"])
 def opened(request, tmp_path):
     """-> a function that puts a `.txt` of this content beside the picture, and opens the source."""
 
-    def source(text: bytes) -> Source:
-        files = {"1.png": PNG, "1.txt": text}
+    def source(text: bytes, more: dict | None = None) -> Source:
+        files = {"1.png": PNG, "1.txt": text, **(more or {})}
         if request.param == "shard":
             return Webdataset(shard(tmp_path / "a.tar", files))
         write(tmp_path / "pics", files)
         if request.param == "folder":
             return Folder(str(tmp_path / "pics"))
-        return Table(str(table(tmp_path / "a.csv", [["filepath", "title"], ["pics/1.png", ""]])))
+        rows = [[f"pics/{name}", ""] for name in files if name.endswith("png")]
+        return Table(str(table(tmp_path / "a.csv", [["filepath", "title"], *rows])))
 
     return source
 
@@ -40,6 +42,18 @@ def test_each_line_is_a_caption(opened, text, captions):
     assert opened(text.encode()).captions(0) == captions
 
 
-def test_what_is_no_text_is_a_mistake_that_names_the_file(opened):
-    message = one_line(lambda: opened(b"\xff\xfe\xfa").captions(0))
-    assert "1.txt" in message
+def test_what_is_no_text_is_left_out_counted_and_named(opened):
+    source = opened(b"\xff\xfe\xfa", {"2.png": PNG, "2.txt": b"a dog"})
+    assert [source.captions(i) for i in range(2)] == [[], ["a dog"]]
+    (line,) = (*source.notes, *unread_texts(source))
+    assert line.startswith("1 texts cannot be read and are left out, first: ") and "1.txt" in line
+    assert unread_texts(Part(source, np.array([0]))) == unread_texts(source)
+
+
+@pytest.mark.parametrize("name", ["1.TXT", "1.Txt"])
+def test_suffixes_of_texts_are_in_any_case(tmp_path, name):
+    members = {"1.PNG": PNG, name: b"a cat"}
+    assert Webdataset(shard(tmp_path / "a.tar", members)).captions(0) == ["a cat"]
+    assert Folder(str(write(tmp_path / "pics", members))).captions(0) == ["a cat"]
+    rows = [["filepath", "title"], ["pics/1.PNG", ""]]
+    assert Table(str(table(tmp_path / "a.csv", rows))).captions(0) == ["a cat"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fomo.datasets.datafile import entry
 from fomo.datasets.sources.tables import Json, Table, Tsv
 from fomo.errors import UserError
 
@@ -156,6 +157,16 @@ def test_a_column_of_splits_gives_each_split_its_rows(tmp_path):
     path = table(tmp_path, "filepath,title,part\npics/0.png,a,train\n")
     with pytest.raises(UserError, match="no row of test, it has: train"):
         Table(path, split_column="part", split="test")
+
+
+def test_splits_of_a_column_agree_on_the_classes(tmp_path):
+    rows = "pics/0.png,fox,train\npics/1.png,ant,test\npics/2.png,fox,test\n"
+    path = table(tmp_path, f"filepath,label,split\n{rows}")
+    spec = {"source": "csv", "path": path, "concept": "label", "caption": None, "split_column": "split"}
+    made = entry("x", "adaptation", spec, tmp_path)
+    train, test = made.open("train"), made.open("test")
+    assert train.classes == test.classes == ["ant", "fox"]
+    assert train.labels.tolist() == [1] and test.labels.tolist() == [0, 1]
 
 
 def test_json_lines_lists_and_cocos_form(tmp_path):

@@ -1,8 +1,11 @@
 """Tar shards: read in place, completely or not at all, by one index that is built once."""
 
+import bz2
 import gzip
 import io
+import itertools
 import json
+import lzma
 import re
 import tarfile
 from pathlib import Path
@@ -16,7 +19,7 @@ from fomo.datasets.sources.clip_benchmark import ClipBenchmark
 from fomo.datasets.sources.webdataset import Webdataset
 from fomo.errors import UserError
 from fomo.schema import build
-from tests.datasets.inputs import PNG, encoded, gray, one_line, samples, shard
+from tests.datasets.inputs import PNG, encoded, gray, one_line, packed, samples, shard
 
 
 @pytest.fixture(autouse=True)
@@ -85,14 +88,34 @@ def test_the_txt_caption_is_first_and_each_caption_stands_once(tmp_path, order):
         ("3.json", '{"captions": [1, 2]}'),
         ("3.json", '["a", "b"]'),
         ("3.json", "{"),
-        ("3.cls", "tulip"),
+        ("3.json", b"\xff"),
+        ("3.json", "[" * 10_000),
         ("3.txt", b"\xff\xfe\xfa"),
+        ("3.TXT", "Käse".encode("latin-1")),
     ],
 )
-def test_text_of_another_kind_is_a_mistake_that_names_the_member(tmp_path, member, content):
-    path = shard(tmp_path / "a.tar", {"3.jpg": PNG, member: content})
-    message = one_line(Webdataset, path)
-    assert message.startswith(f"{path}: ") and member in message
+def test_a_text_that_cannot_be_read_is_left_out_counted_and_named(tmp_path, member, content):
+    members = views("1", "2", txt="of {}") | {"3.png": PNG, member: content}
+    captions, labels, (note,) = read(tmp_path, members)
+    assert captions == {"1.png": ["of 1"], "2.png": ["of 2"], "3.png": []} and labels == [-1] * 3
+    assert note.startswith(f"1 texts cannot be read and are left out, first: {tmp_path}/a.tar:{member} (")
+
+
+def test_of_a_damaged_json_beside_a_txt_the_txt_stays_and_the_other_way_round(tmp_path):
+    members = {"1.png": PNG, "1.txt": "a cat", "1.json": "{", "2.png": PNG, "2.txt": b"\xff"}
+    captions, _, (note,) = read(tmp_path, members | {"2.json": '{"captions": ["a dog"]}'})
+    assert captions == {"1.png": ["a cat"], "2.png": ["a dog"]} and note.startswith("2 texts cannot be read")
+
+
+@pytest.mark.parametrize("label", ["tulip", "1.5", b"\xff", "", "9" * 40])
+def test_a_sample_whose_label_is_no_number_is_left_out_counted_and_named(tmp_path, label):
+    """It is not one without a label: what would be learnt of it is wrong."""
+    captions, labels, (note,) = read(tmp_path, views("1", "2", cls="1", txt="a cat") | {"2.CLS": label})
+    assert captions == {"1.png": ["a cat"]} and labels == [1]
+    assert note.startswith("1 samples have a .cls that is no number and are left out, first: ")
+    assert f"{tmp_path}/a.tar:2.CLS (" in note
+    message = one_line(Webdataset, shard(tmp_path / "b.tar", {"1.png": PNG, "1.cls": label}))
+    assert "no samples" in message and "1 samples have a .cls that is no number" in message
 
 
 @pytest.mark.parametrize("beside", ["classes.txt", "classnames.txt"])
@@ -163,6 +186,31 @@ def test_what_is_no_shard_is_refused(tmp_path, content):
     path.write_bytes(content)
     assert str(path) in one_line(Webdataset, str(path))
     assert "no such tar file" in one_line(Webdataset, str(tmp_path / "absent.tar"))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz"])
+@pytest.mark.parametrize(
+    ("pack", "told"),
+    [
+        (
+            gzip.compress,
+            "compressed (gzip); expected a plain tar file, whose members are read in place: gunzip -c",
+        ),
+        (bz2.compress, "compressed (bzip2); "),
+        (lzma.compress, "compressed (xz); "),
+        (lambda data: b"PK\x03\x04" + data, "a zip archive; "),
+        (lambda data: b"7z\xbc\xaf\x27\x1c" + data, "a 7z archive; "),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git's note of where"),
+        (lambda data: b"<!DOCTYPE html><html>", "a web page, not what was to be fetched"),
+    ],
+)
+def test_other_archives_are_told_by_their_content_whatever_they_are_called(tmp_path, name, pack, told):
+    (tmp_path / name).write_bytes(pack(packed(samples(3))))
+    assert one_line(Webdataset, str(tmp_path / name)).startswith(f"{tmp_path / name}: it is {told}")
+
+
+def test_a_member_may_be_called_as_other_archives_begin(tmp_path):
+    assert len(Webdataset(shard(tmp_path / "a.tar", {"PK.png": PNG, "<b>.png": PNG}))) == 2
 
 
 def test_absolute_and_climbing_member_names_never_touch_the_disk(tmp_path):
@@ -316,6 +364,33 @@ def test_dots_in_names_lose_no_picture_and_no_text(tmp_path, stems):
     assert list(read(tmp_path, views(*stems))[0]) == [f"{stem}.png" for stem in stems]  # without any text
 
 
+PICTURES, OF_DOTS = ("a.jpg", "a.b.jpg", "a.b.c.JPG"), ("a.txt", "a.b.TXT", "a.b.c.Txt", "a.cls", "a.b.CLS")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("pictures", [c for n in (1, 2, 3) for c in itertools.combinations(PICTURES, n)])
+def test_with_any_dots_each_member_is_used_or_told_and_own_texts_stay(tmp_path, pictures, order):
+    for texts in (c for n in range(6) for c in itertools.combinations(OF_DOTS, n)):
+        path = shard(tmp_path / "a.tar", dict.fromkeys([*pictures, *texts][::order], "1"))
+        found, noted = webdataset.with_pictures(webdataset.read_members(path))
+        told = [name for names in noted.values() for name in names]
+        assert sorted([sample.name for sample in found] + [n for n in told if n in pictures]) == sorted(
+            pictures
+        )
+        used = {name for sample in found for name, _ in sample.texts.values()}
+        captions = [text for text in texts if text.lower().endswith("txt")]
+        assert all((text in used) != (text in told) for text in captions), (pictures, texts)
+        for sample in found:
+            stem = sample.name.rpartition(".")[0]
+            own = {text for text in texts if text.rpartition(".")[0] == stem}
+            assert own <= {name for name, _ in sample.texts.values()}, (pictures, texts)
+
+
+def test_what_macos_adds_to_an_archive_is_no_picture(tmp_path):
+    members = views("a", txt="of {}") | {"._a.png": b"resource fork", "._a.txt": b"\xff"}
+    assert read(tmp_path, members) == ({"a.png": ["of a"]}, [-1], ())
+
+
 def test_what_stands_for_the_whole_name_holds_for_its_pictures(tmp_path):
     members = views("0.left", "1.a", "1.b", txt="of {}") | {"1.cls": "3"} | views("2.view")
     del members["0.left.txt"]
@@ -388,10 +463,9 @@ def test_a_key_that_is_asked_for_stands_above_the_txt(tmp_path):
     path = shard(tmp_path / "a.tar", members)
     assert Webdataset(path).captions(0) == ["alt text"]
     assert Webdataset(path, caption="new").captions(0) == ["a cat"]
-    message = one_line(
-        Webdataset, shard(tmp_path / "a.tar", {"0.jpg": PNG, "0.json": '{"new": 5}'}), caption="new"
-    )
-    assert "a.tar" in message and "0.json: new: " in message
+    wrong = shard(tmp_path / "a.tar", {"0.jpg": PNG, "0.json": '{"new": 5}'})
+    (note,) = Webdataset(wrong, caption="new").notes
+    assert "a.tar:0.json (new: expected a text" in note
 
 
 def test_samples_without_a_known_picture_are_counted_and_the_first_is_named(tmp_path):
