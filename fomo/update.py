@@ -10,17 +10,18 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from fomo.budget.fitting import memory_told, shortage
 from fomo.budget.run_budget import TIMED_STEPS, RunBudget
 from fomo.clip import Clip, load
 from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches
 from fomo.datasets.pools import Pools, open_pools
-from fomo.datasets.remarks import Reader, glance
+from fomo.datasets.remarks import Reader, glance, of_batches
 from fomo.datasets.samples import Batch
 from fomo.datasets.stream import composition
 from fomo.devices import Precision, machine, peak_memory, pick_device
 from fomo.distributed import ALONE, Ranks
-from fomo.errors import Interrupted
+from fomo.errors import Interrupted, UserError
 from fomo.eval.scorer import Scorer
 from fomo.eval.zero_shot import announced
 from fomo.methods import build_method
@@ -52,6 +53,7 @@ def run_recipe(
     try:
         if run.position.finished:
             return
+        ranks.broadcast_object(lambda: check_memory(recipe, place, ranks))
         with ranks.in_turn():  # the first pretrains a base model that is not there yet
             # A run that has begun has its model with it: all weights are in the checkpoint.
             begun = checkpoint is not None and run.model.exists()
@@ -63,12 +65,21 @@ def run_recipe(
                 tqdm.write(f"warning: {line}", file=sys.stderr)
         trainer = Trainer(recipe, clip, run, place, workers)
         run.begin(recipe, datafile.content(data), trainer.pools.record(), trainer.constants(), checkpoint)
-        trainer.announce_scores()
+        trainer.announce(begun=checkpoint is not None)
         if checkpoint:
             trainer.restore(checkpoint)
-        trainer.run_updates()
+        with memory_told(lambda: f"{run.folder}: update {run.position.update + 1}, step {run.position.step}"):
+            trainer.run_updates()
     finally:
         run.close()
+
+
+def check_memory(recipe: Recipe, place: torch.device, ranks: Ranks) -> None:
+    """A UserError if a step surely does not fit, a warning if it hardly does."""
+    if lacking := shortage(recipe, place, ranks.world_size):
+        if lacking.sure:
+            raise UserError(lacking.line)
+        tqdm.write(f"warning: {lacking.line}", file=sys.stderr)
 
 
 class Trainer:
@@ -285,10 +296,15 @@ class Trainer:
             "allowed": self.budget.allowed(),
         }
 
-    def announce_scores(self) -> None:
-        """Say what KA and ZS are in this run."""
+    def announce(self, begun: bool) -> None:
+        """Say what KA and ZS are in this run, and at its beginning where batches are too large for the data."""
+        if not self.ranks.first:
+            return
+        drawn = () if begun else self.pools.drawn(self.recipe)
+        for line in of_batches(self.recipe.optimizer.batch_size, drawn):
+            tqdm.write(f"warning: {line}", file=sys.stderr)
         pictures = {name: len(numbers) for name, numbers in self.pools.subsets.items()}
-        for line in announced(self.pools.tests, pictures) if self.ranks.first else ():
+        for line in announced(self.pools.tests, pictures):
             tqdm.write(line, file=sys.stderr)
 
     def evaluate(self) -> None:
