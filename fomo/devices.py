@@ -1,6 +1,7 @@
 """Where a run computes: the device, its memory, and what its last bits depend on."""
 
 import ctypes
+import os
 import resource
 import sys
 from pathlib import Path
@@ -46,6 +47,30 @@ def peak_memory(device: torch.device) -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that this process may have: what is free on CUDA, else the machine's, or its container's or job's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *cgroup_limits()]
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return min([*limits, own] if own != resource.RLIM_INFINITY else limits)
+
+
+def cgroup_limits(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Bytes, of the control groups that this process is in and those above them; versions 1 and 2 of Linux."""
+    found = []
+    for line in proc.read_text().splitlines() if proc.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        version_1 = "memory" in controllers.split(",")
+        top, name = (root / "memory", "memory.limit_in_bytes") if version_1 else (root, "memory.max")
+        group = top / path.lstrip("/")
+        files = [folder / name for folder in (group, *group.parents) if folder.is_relative_to(top)]
+        texts = [file.read_text().strip() for file in files if file.is_file()]
+        found += [int(text) for text in texts if text.isdigit()]  # else "max"
+    return found
 
 
 def machine(ranks: Ranks) -> dict:

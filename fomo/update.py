@@ -9,18 +9,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fomo.budget.fitting import memory_told, shortage
 from fomo.budget.run_budget import TIMED_STEPS, RunBudget
 from fomo.clip import Clip, load
 from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches
 from fomo.datasets.pools import Pools, open_pools
-from fomo.datasets.remarks import Reader, glance
+from fomo.datasets.remarks import Reader, glance, of_batches
 from fomo.datasets.samples import Batch
 from fomo.datasets.stream import composition
 from fomo.datasets.understood import opened_and_said
 from fomo.devices import Precision, machine, peak_memory, pick_device
 from fomo.distributed import ALONE, Ranks
-from fomo.errors import Interrupted
+from fomo.errors import Interrupted, UserError
 from fomo.eval.scorer import Scorer
 from fomo.eval.zero_shot import announced
 from fomo.methods import build_method
@@ -54,6 +55,7 @@ def run_recipe(
     try:
         if run.position.finished:
             return
+        ranks.broadcast_object(lambda: check_memory(recipe, place, ranks))
         run.skip_bad = skip_bad or (resume and run.skipped_bad())
         data, opened = datafile.read(recipe.data, run.skip_bad), []
         begins = ranks.broadcast_object(lambda: not run.scored)
@@ -70,16 +72,21 @@ def run_recipe(
                 Progress.write(f"warning: {line}", file=sys.stderr)
         trainer = Trainer(recipe, clip, run, place, workers)
         run.begin(recipe, datafile.content(data), trainer.pools.record(), trainer.constants(), checkpoint)
-        trainer.announce_scores()
+        trainer.announce(begins)
         if checkpoint:
             trainer.restore(checkpoint)
-        if begins and ranks.first and run.position.steps:
-            updates, steps = run.position.updates - run.position.update, run.position.steps
-            plan = f"{plural(updates, 'update')} of {plural(steps, 'step')}"
-            Progress.write(f"{plan}, each of {recipe.optimizer.batch_size} pairs", file=sys.stderr)
-        trainer.run_updates()
+        with memory_told(lambda: f"{run.folder}: update {run.position.update + 1}, step {run.position.step}"):
+            trainer.run_updates()
     finally:
         run.close()
+
+
+def check_memory(recipe: Recipe, place: torch.device, ranks: Ranks) -> None:
+    """A UserError if a step surely does not fit, a warning if it hardly does."""
+    if lacking := shortage(recipe, place, ranks.world_size):
+        if lacking.sure:
+            raise UserError(lacking.line)
+        Progress.write(f"warning: {lacking.line}", file=sys.stderr)
 
 
 class Trainer:
@@ -297,11 +304,25 @@ class Trainer:
             "allowed": self.budget.allowed(),
         }
 
-    def announce_scores(self) -> None:
-        """Say what KA and ZS are in this run."""
+    def announce(self, begins: bool) -> None:
+        """Say what KA and ZS are in this run, and at its beginning what it will take."""
+        if not self.ranks.first:
+            return
+        if begins:
+            self.announce_steps()
         pictures = {name: len(numbers) for name, numbers in self.pools.subsets.items()}
-        for line in announced(self.pools.tests, pictures) if self.ranks.first else ():
+        for line in announced(self.pools.tests, pictures):
             Progress.write(line, file=sys.stderr)
+
+    def announce_steps(self) -> None:
+        position, size = self.run.position, self.recipe.optimizer.batch_size
+        if position.steps:  # else they are not timed yet
+            plan = (
+                f"{plural(position.updates - position.update, 'update')} of {plural(position.steps, 'step')}"
+            )
+            Progress.write(f"{plan}, each of {size} pairs", file=sys.stderr)
+        for line in of_batches(size, self.pools.drawn(self.recipe)):
+            Progress.write(f"warning: {line}", file=sys.stderr)
 
     def evaluate(self) -> None:
         """Score the deployed weights, keep them, and make the run resumable from here."""

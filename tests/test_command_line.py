@@ -82,7 +82,7 @@ def test_variables_stay_as_they_are_on_the_command_line(home, monkeypatch):
         (["eval", "--model", ""], "--model"),
         (["continue", "", "--data", "x"], "RUN"),
         (["report", "a", ""], "RUN"),
-        (["data", "check", ""], "FILE"),
+        (["data", "check", ""], r"FILE\|DIR"),
         (["merge", "--rule", "slerp", "", "b", "-o", "c"], "MODEL"),
         (["stream", "-o", "", "--updates", 2], "-o"),
         (["budget", "--scale", ""], "--scale"),

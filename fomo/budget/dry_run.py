@@ -5,13 +5,15 @@ import time
 import torch
 
 from fomo.architectures import configuration
+from fomo.budget.fitting import pairs_at_once, shortage, step_memory
 from fomo.budget.flops_memory import parameter_count
 from fomo.budget.mafs import Work, architecture, planned_steps, work_of
 from fomo.datasets import datafile
-from fomo.datasets.remarks import glance, reader_of
+from fomo.datasets.mixture import sub_batches
+from fomo.datasets.remarks import glance, of_batches, reader_of
 from fomo.datasets.stream import concepts_of
 from fomo.datasets.understood import opened_and_said
-from fomo.devices import Precision, pick_device
+from fomo.devices import Precision, available_memory, pick_device
 from fomo.recipe import Recipe
 from fomo.text import plural
 
@@ -33,21 +35,35 @@ def dry_run(recipe: Recipe, device: str) -> str:
     pools = len(data.pretraining)
     pool = f"a pretraining pool of {plural(pools, 'source')}" if pools else "no pretraining pool"
     updates, work = recipe.stream.updates, work_of(recipe)
+    saved = " without checkpointing" if recipe.checkpointing else ""
+    needed, lacking = step_memory(recipe, place, pairs_at_once(recipe)), shortage(recipe, place)
     rate = matrix_rate(place, Precision(recipe.precision, place).dtype) / 1e9
     learnt = f"{plural(len(concepts), 'concept')} with {plural(sum(sizes), 'picture')}"
     lines = [
         f"learns {learnt} in {plural(updates, 'update')}; {pool}",
         f"scored on {plural(len(tests), 'test set')} with {plural(scored, 'picture')}",
         *training_lines(recipe, work, updates, scored, rate),
-        f"memory: {work.peak_memory / 2**30:.1f} GiB on the {place.type} for a step, of what torch allocates",
+        f"memory: {needed / 2**30:.1f} GiB on the {place.type} for a step, of what torch allocates{saved}; "
+        f"{available_memory(place) / 2**30:.1f} GiB are there",
         f"disk: about {disk(recipe) / 2**30:.2g} GiB of weights and checkpoints in the run folder",
     ]
     if not data.pretraining:
         costs = "nothing that the model knew before is replayed, so it forgets more (docs/life.md)"
         entry = "pretraining: [{source: webdataset, path: 'cc3m/{0000..0019}.tar'}]"
         lines.append(f"{data.path}: without a pretraining pool {costs}; to add one: {entry}")
+    drawn = draws(recipe, sum(sizes) // updates, sum(map(len, data.pool())))
+    lines += [f"warning: {line}" for line in of_batches(recipe.optimizer.batch_size, drawn)]
+    if lacking:
+        lines.append(f"{'refused' if lacking.sure else 'warning'}: {lacking.line}")
     lines += [f"warning: {line}" for line in glance(data, reader_of(recipe.model), opened)]
     return "\n".join(lines)
+
+
+def draws(recipe: Recipe, pictures: int, pool: int) -> list[tuple[str, int, int]]:
+    """As remarks.of_batches takes them, in the first update. pictures, pool: that these pools have."""
+    empty = frozenset({"buffer"} if pool else {"buffer", "pretraining"})
+    pairs = sub_batches(recipe.optimizer.batch_size, recipe.mixture, empty)
+    return [(name, pairs[name], count) for name, count in (("pretraining", pool), ("update", pictures))]
 
 
 def training_lines(recipe: Recipe, work: Work, updates: int, scored: int, rate: float) -> list[str]:

@@ -42,6 +42,11 @@ class Pools:
         counts = sub_batches(recipe.optimizer.batch_size, recipe.mixture, empty)
         return Batches([(name, pools[name], counts[name]) for name in pools], seed, update, steps)
 
+    def drawn(self, recipe: Recipe) -> list[tuple[str, int, int]]:
+        """Of each update the pools, the pairs that a batch has of each, and the pictures there are."""
+        every = (self.batches(recipe, update, 1).draws for update in range(len(self.stream)))
+        return [(name, count, len(pool)) for draws in every for name, pool, count in draws]
+
     def numbers(self, updates: list[list[Concept]]) -> np.ndarray:
         """The samples of all concepts of some updates."""
         found = [self.numbers_of[c.dataset, c.label] for concepts in updates for c in concepts]

@@ -100,6 +100,23 @@ def of_model(data: DataFile, reader: Reader) -> list[str]:
     return lines
 
 
+def of_batches(batch_size: int, draws: Iterable[tuple[str, int, int]]) -> list[str]:
+    """On batches that are larger than what they are drawn from, a line for each pool, on its worst update.
+
+    draws: of each update and pool its name, the pairs that a batch has of it, and its pictures.
+    """
+    fewest: dict[str, tuple[float, int, int]] = {}
+    for pool, pairs, pictures in draws:
+        if pairs > pictures > 0:
+            fewest[pool] = max(fewest.get(pool, (0.0, 0, 0)), (pairs / pictures, pairs, pictures))
+    remedy = "in the loss equal pairs are wrong answers to each other: lower optimizer.batch_size"
+    return [
+        f"a batch of {batch_size} holds {pairs} pairs of the {pool}'s {pictures} pictures: "
+        f"each about {times:.{times < 10:d}f} times; {remedy}"
+        for pool, (times, pairs, pictures) in fewest.items()
+    ]
+
+
 def counted(source: Source, numbers: Iterable[int]) -> Counter:
     """How many of the pictures are what, by the keys of PICTURES."""
     found: Counter = Counter()

@@ -11,7 +11,7 @@ from fomo.budget.dry_run import dry_run
 from fomo.clip import new, save
 from fomo.datasets.check import check
 from fomo.datasets.datafile import read
-from fomo.datasets.remarks import CODE, Reader, codes_among, glance, reader_of
+from fomo.datasets.remarks import CODE, Reader, codes_among, glance, of_batches, reader_of
 from fomo.datasets.understood import open_all
 from fomo.load_recipe import load
 from fomo.recipe import Model
@@ -230,3 +230,29 @@ def test_a_dry_run_and_an_update_say_it_by_the_models_own_context(small_scale, t
     error = capsys.readouterr().err
     assert all(error.count(line) == 1 for line in said)
     assert torch.is_tensor(clip.model.logit_scale)
+
+
+def test_a_batch_that_is_larger_than_what_there_is_to_learn(small_scale, tmp_path, capsys):
+    """Of three pools with a share each, and of a run in which all of a batch is the update's."""
+    draws = [("pretraining", 169, 5000), ("update", 174, 12), ("buffer", 169, 100), ("update", 174, 87)]
+    update, buffer = of_batches(512, draws)
+    assert update.startswith(
+        "a batch of 512 holds 174 pairs of the update's 12 pictures: each about 14 times; "
+    )
+    assert buffer.startswith(
+        "a batch of 512 holds 169 pairs of the buffer's 100 pictures: each about 1.7 times"
+    )
+    assert of_batches(512, [("update", 174, 174), ("buffer", 0, 0)]) == []
+    for i in range(20):
+        draw(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png", noise(i))
+    file = written(tmp_path, adaptation={"pets": {"source": "folder", "train": "photos", "holdout": 0.3}})
+    settings = ["stream.updates=1", "optimizer.batch_size=64", "budget.steps=1"]
+    recipe = load(None, scale=str(small_scale), data=str(file), overrides=settings)
+    train = len(read(file).adaptation["pets"].open("train"))
+    line = f"warning: a batch of 64 holds 64 pairs of the update's {train} pictures: each about "
+    line += f"{64 / train:.1f} times"
+    assert sum(said.startswith(line) for said in dry_run(recipe, "cpu").splitlines()) == 1
+    from fomo.update import run_recipe
+
+    run_recipe(recipe, tmp_path / "run", resume=False, device="cpu")
+    assert capsys.readouterr().err.count(line) == 1
