@@ -30,6 +30,8 @@ from fomo.architectures import (
 from fomo.checkpoint_files import CONFIG_FILE, NOT_TENSORS, WEIGHTS_FILE, open_checkpoint, write_checkpoint
 from fomo.errors import UserError, one_line
 
+LONGEST = 4096  # tokens of any text
+
 
 class Features(NamedTuple):
     """What one step computes, normalised; penalties use it instead of a second forward pass."""
@@ -127,15 +129,32 @@ def encode(model: nn.Module, images: Tensor, tokens: Tensor) -> Features:
     )
 
 
-def contrastive_loss(features: Features) -> Tensor:
+def ids_of_texts(tokens: Tensor) -> Tensor:
+    """(B, L) token ids, zeros after each text's end -> (B,) int64, the same for the same text whatever L is.
+
+    A hash: odd 64-bit factors drawn once, sums modulo 2^64, so B texts meet by chance with B^2 / 2^64.
+    """
+    draws = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**63), 2**63 - 1, (LONGEST,), generator=draws) | 1
+    return (tokens * factors[: tokens.shape[1]].to(tokens.device)).sum(1)
+
+
+def contrastive_loss(features: Features, text_ids: Tensor | None = None) -> Tensor:
     """Symmetric InfoNCE over the batch (paper, section 4: the pretraining objective), scalar.
 
     Models with a logit bias were trained with the sigmoid loss of SigLIP (arXiv 2303.15343) and keep it.
+    text_ids: (B,), the same for the same text. A picture is then right with every text that is its own: labels of
+    the sigmoid are +1, targets of the softmax are spread over them (UniCL, arXiv 2204.03610, equation 3). For a
+    softmax without dropout that is the same function: equal texts have equal logits.
     """
     logits = features.logit_scale * features.image_features @ features.text_features.T  # (B, B)
+    equal = None if text_ids is None else (text_ids[:, None] == text_ids).to(logits.dtype)  # (B, B)
     if features.logit_bias is not None:
-        signs = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
-        return -F.logsigmoid(signs * (logits + features.logit_bias)).sum() / len(logits)
+        right = torch.eye(len(logits), device=logits.device, dtype=logits.dtype) if equal is None else equal
+        return -F.logsigmoid((2 * right - 1) * (logits + features.logit_bias)).sum() / len(logits)
+    if equal is not None:
+        targets = equal / equal.sum(1, keepdim=True)
+        return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 

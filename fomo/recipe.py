@@ -118,6 +118,13 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Loss:
+    # of a batch, for each other's pictures. null: positives for a sigmoid loss, which else learns that a class is
+    # not itself; negatives, as the paper, for the softmax, to which it makes no difference (clip.contrastive_loss)
+    equal_captions: Literal["positives", "negatives"] | None = None
+
+
+@dataclass(frozen=True)
 class Temperature:
     init: Positive | None = None  # tau = 1 / exp(logit_scale); the checkpoint's
     learn: bool | None = None  # by method: adapters and locked towers leave it alone
@@ -154,6 +161,7 @@ class Recipe:
     method: dict = field(default_factory=lambda: {"name": "finetune"})
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
+    loss: Loss = field(default_factory=Loss)
     temperature: Temperature = field(default_factory=Temperature)
     evaluation: Evaluation = field(default_factory=Evaluation)
 

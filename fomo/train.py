@@ -10,7 +10,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from fomo.clip import Clip, Features, contrastive_loss, encode, text_tower, trimmable
+from fomo.clip import Clip, Features, contrastive_loss, encode, ids_of_texts, text_tower, trimmable
 from fomo.datasets.crops import crop
 from fomo.datasets.samples import Batch
 from fomo.devices import Precision
@@ -25,13 +25,18 @@ Encoder = Callable[[nn.Module, Tensor, Tensor], Features]
 
 
 def on_device(
-    batches: Iterable[Batch], clip: Clip, device: torch.device, ranks: Ranks = ALONE
+    batches: Iterable[Batch],
+    clip: Clip,
+    device: torch.device,
+    ranks: Ranks = ALONE,
+    equal_captions: str = "negatives",
 ) -> Iterator[Inputs]:
     """Batches as the model takes them: moved, cropped and normalised on the device."""
     layout = torch.channels_last if fast_channels_last(clip.model.visual) else torch.contiguous_format
     for canvas, boxes, tokens, pools in moved(batches, device):
         images = crop(canvas, boxes, clip.image_size, clip.mean, clip.std)
-        yield Inputs(images.contiguous(memory_format=layout), tokens, pools, ranks)
+        text_ids = ids_of_texts(tokens) if equal_captions == "positives" else None
+        yield Inputs(images.contiguous(memory_format=layout), tokens, pools, ranks, text_ids)
 
 
 def moved(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -102,18 +107,20 @@ def train(
     accumulate: int = 1,
     compile: bool = False,
     ranks: Ranks = ALONE,
+    equal_captions: str = "negatives",
 ) -> Iterator[Step]:
     """Take one optimizer step per batch and yield after each. `rate(step)` is the learning rate.
 
     `draws`: seed and update, which decide with the step and the part what the model draws (dropout).
     `accumulate`: in how many parts a batch goes through the model, for one that does not fit in memory whole.
     `ranks`: that train together; `batches` has this rank's rows of each.
+    `equal_captions`: of a batch, "positives" or "negatives" of each other's pictures.
     Nothing here reads a value back from the device, but for fp16's scaler.
     """
     model, scaler = clip.model, precision.scaler  # the scaler passes everything through but in fp16
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     encoder = compiled() if compile else encode
-    for number, batch in enumerate(on_device(batches, clip, device, ranks), start):
+    for number, batch in enumerate(on_device(batches, clip, device, ranks, equal_captions), start):
         model.train()
         lr = rate(number)
         for group in optimizer.param_groups:
@@ -151,7 +158,7 @@ def backward(
         with running.counted():
             features = encoder(model, batch.images, batch.tokens)
         penalty = method.penalty(model, batch, features)
-    loss = contrastive_loss(features) + penalty
+    loss = contrastive_loss(features, batch.text_ids) + penalty
     precision.scaler.scale(loss).backward()
     running.settle([1.0], batch.ranks)
     return loss.detach()
@@ -177,14 +184,19 @@ def backward_in_parts(
     one rank with `count` N parts, which has the same rows.
     """
     ranks, running = batch.ranks, RunningStatistics(model)
-    parts = [Inputs(*(tensor[i::count] for tensor in batch[:3]), ranks) for i in range(count)]
+    ids = batch.text_ids
+    parts = [
+        Inputs(*(tensor[i::count] for tensor in batch[:3]), ranks, None if ids is None else ids[i::count])
+        for i in range(count)
+    ]
     keys = [(*draws, i * ranks.world_size + ranks.rank) for i in range(count)]
     cached = []
     with torch.set_grad_enabled(count == 1), precision.autocast():
         for part, key in zip(parts, keys, strict=True):
             with drawing(key, precision.device), running.counted():
                 cached.append(encoder(model, part.images, part.tokens))
-    loss, gradients = loss_gradients(cached, ranks)
+    in_parts = None if ids is None else torch.cat([part.text_ids for part in parts])
+    loss, gradients = loss_gradients(cached, ranks, in_parts)
     sizes = [len(part.images) for part in parts]
     shares = [size / sum(sizes) / ranks.world_size for size in sizes]
     rows = zip(*(gradient.split(sizes) for gradient in gradients[:2]), strict=True)
@@ -204,13 +216,16 @@ def backward_in_parts(
     return loss
 
 
-def loss_gradients(parts: list[Features], ranks: Ranks) -> tuple[Tensor, list[Tensor]]:
+def loss_gradients(
+    parts: list[Features], ranks: Ranks, text_ids: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
     """-> this rank's share of the batch's loss, and its gradients by the rank's rows, the scale and the bias."""
     images, texts, (scale, *_), (bias, *_) = zip(*parts, strict=True)
     rows = torch.cat([torch.cat(images), torch.cat(texts)], 1)  # (B, 2 D): one message
     pairs = ranks.all_gather(rows.detach())
     whole = [*pairs.chunk(2, 1), scale, *([] if bias is None else [bias])]
     leaves = [tensor.detach().contiguous().requires_grad_() for tensor in whole]
-    loss = contrastive_loss(Features(*leaves))
+    everywhere = None if text_ids is None else ranks.all_gather(text_ids)
+    loss = contrastive_loss(Features(*leaves), everywhere)
     images, texts, *rest = torch.autograd.grad(loss, leaves)
     return loss.detach() / ranks.world_size, [ranks.own_rows(images), ranks.own_rows(texts), *rest]

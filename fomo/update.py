@@ -105,6 +105,8 @@ class Trainer:
         self.trunk: Weights = {}  # of an infinite schedule: what the next update goes on from
         self.tuned: Weights = {}  # by the last update, before any merge, for `evaluation.keeps`
         self.max_scale = self.bound_of_scale()
+        sigmoid = getattr(self.model, "logit_bias", None) is not None
+        self.equal_captions = recipe.loss.equal_captions or ("positives" if sigmoid else "negatives")
         self.scorer = Scorer(clip, self.pools, device, recipe.seed, run.check, self.ranks)
         self.bar = Progress(disable=True)
 
@@ -191,6 +193,7 @@ class Trainer:
             accumulate=recipe.optimizer.accumulate,
             compile=recipe.compile,
             ranks=self.ranks,
+            equal_captions=self.equal_captions,
         )
 
     def end_update(self, batches: Batches) -> None:
@@ -213,7 +216,8 @@ class Trainer:
 
     def inputs(self, batches: Batches) -> Iterator[Inputs]:
         """An update's batches once more, whole."""
-        return on_device(batches.loader(workers=self.workers), self.clip, self.device)
+        loader = batches.loader(workers=self.workers)
+        return on_device(loader, self.clip, self.device, equal_captions=self.equal_captions)
 
     def loader(self, batches: Batches, start: int = 0) -> Timed:
         """This rank's rows of the batches from step `start`."""

@@ -126,9 +126,12 @@ def train_steps(ranks: Ranks, scale: Path, count: int, options: dict) -> dict:
     return {"read": np.array(read).tolist(), "proj": clip.model.visual.proj.detach()}
 
 
-@pytest.mark.parametrize(("count", "options"), [(20, {}), (4, {"accumulate": 3})])
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [(20, {}), (4, {"accumulate": 3}), (4, {"accumulate": 2, "equal_captions": "positives"})],
+)
 def test_losses_norms_and_scales_are_those_of_one_process(small_scale, count, options):
-    alone = train_steps(ALONE, small_scale, count, {})
+    alone = train_steps(ALONE, small_scale, count, {**options, "accumulate": 1})
     first, second = on_ranks(train_steps, small_scale, count, options)
     assert first["read"] == second["read"] and first["proj"].equal(second["proj"])
     losses, norms, scales = (np.array([run["read"] for run in (first, alone)])[..., i] for i in range(3))

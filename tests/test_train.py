@@ -5,12 +5,13 @@ from functools import partial
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from small_runs import CPU, recipe_of
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fomo.clip import contrastive_loss, encode, new
+from fomo.clip import Features, contrastive_loss, encode, ids_of_texts, new
 from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches, pool_of
 from fomo.datasets.samples import Batch, Collection, Samples
@@ -125,6 +126,82 @@ class Sigmoid(nn.Module):
 def test_a_logit_bias_counts_once_too():
     model, batch = Sigmoid(), Inputs(*torch.randn(2, 5, 3), torch.zeros(5, dtype=torch.int64))
     assert_close(step_of(model, Method(), batch, 2)[1], step_of(model, Method(), batch)[1])
+
+
+def written_out(features, texts, sigmoid):
+    """The loss of pairs of which some have the same text, pair by pair, in double precision."""
+    scale, count = features.logit_scale.double(), len(texts)
+    logit = scale * features.image_features.double() @ features.text_features.double().T
+    total = 0.0
+    for i in range(count):
+        same = [j for j in range(count) if texts[j] == texts[i]]
+        if sigmoid:
+            signs = [1 if j in same else -1 for j in range(count)]
+            logits = logit[i] + features.logit_bias
+            total -= sum(torch.log(torch.sigmoid(sign * logits[j])) for j, sign in enumerate(signs))
+        else:
+            for row in (logit[i], logit[:, i]):  # of a picture over texts, of a text over pictures
+                total -= sum(row[j] - torch.logsumexp(row, 0) for j in same) / len(same) / 2
+    return float(total / count)
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+@pytest.mark.parametrize("texts", ["abcdef", "aabbcc", "aaaaab", "aaaaaa"])
+def test_equal_captions_are_positives_of_each_others_pictures(sigmoid, texts):
+    torch.manual_seed(0)
+    images, by_text = (
+        F.normalize(torch.randn(6, 4), dim=1),
+        {t: F.normalize(torch.randn(4), dim=0) for t in "abcdef"},
+    )
+    bias = torch.tensor(-1.0) if sigmoid else None
+    features = Features(images, torch.stack([by_text[t] for t in texts]), torch.tensor(5.0), bias)
+    ids = ids_of_texts(torch.tensor([[49406, ord(t), 49407] for t in texts]))
+    loss = contrastive_loss(features, ids).item()
+    assert loss == pytest.approx(written_out(features, texts, sigmoid), abs=1e-5)
+    alone = contrastive_loss(features).item()
+    same = texts == "abcdef" or not sigmoid  # equal texts have equal logits, so a softmax sees no difference
+    assert (loss == pytest.approx(alone, abs=1e-5)) == same
+    assert alone == pytest.approx(written_out(features, range(6), sigmoid), abs=1e-5)
+
+
+def test_the_sigmoid_loss_gets_sure_of_what_it_is_taught():
+    """Two classes of 8: with equal captions as negatives the right pair ends at 1 of 8."""
+    ids = torch.arange(2).repeat_interleave(8)
+    probabilities = {}
+    for given in (None, ids):
+        logit = torch.zeros(2, requires_grad=True)  # of the right and of the wrong class
+        optimizer = torch.optim.Adam([logit], lr=0.1)
+        for _ in range(300):
+            images = torch.eye(2)[ids]
+            texts = torch.where(torch.eye(2)[ids] > 0, logit[0], logit[1])
+            optimizer.zero_grad()
+            contrastive_loss(Features(images, texts, torch.tensor(1.0), torch.tensor(0.0)), given).backward()
+            optimizer.step()
+        probabilities[given is None] = torch.sigmoid(logit[0]).item()
+    assert probabilities[True] == pytest.approx(1 / 8, abs=1e-3) and probabilities[False] > 0.99
+
+
+def test_ids_of_texts_do_not_depend_on_the_padding_and_tell_texts_apart():
+    tokens = torch.randint(1, 49408, (500, 7), generator=torch.Generator().manual_seed(1))
+    ids = ids_of_texts(tokens)
+    assert ids.equal(ids_of_texts(F.pad(tokens, (0, 70)))) and len(ids.unique()) == 500
+    assert not ids_of_texts(tokens.flip(1)).equal(ids)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_equal_captions_are_seen_over_the_parts_of_a_batch(count, sigmoid):
+    model = Sigmoid()
+    if not sigmoid:
+        model.logit_bias = None
+    tokens = torch.randn(3, 3)[[0, 1, 0, 2, 0, 1]]
+    batch = Inputs(torch.randn(6, 3), tokens, torch.zeros(6), text_ids=torch.tensor([0, 1, 0, 2, 0, 1]))
+    whole, expected = step_of(model, Method(), batch)
+    loss, found = step_of(model, Method(), batch, count)
+    assert loss.item() == pytest.approx(whole.item(), abs=1e-5)
+    assert_close(found, expected)
+    negatives = step_of(model, Method(), batch._replace(text_ids=None))[0].item()
+    assert (whole.item() == pytest.approx(negatives, abs=1e-3)) != sigmoid
 
 
 def test_penalties_of_parts_add_up(clip_and_batch):

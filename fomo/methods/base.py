@@ -28,6 +28,7 @@ class Inputs(NamedTuple):
     tokens: Tensor  # (B, L) int64
     pools: Tensor  # (B,) int64: 0 pretraining, 1 update, 2 buffer (datasets.mixture.POOLS)
     ranks: Ranks = ALONE  # that have a share of the batch: `ranks.gather` gives the rows of all
+    text_ids: Tensor | None = None  # (B,), where equal captions are positives (clip.contrastive_loss)
 
 
 @dataclass

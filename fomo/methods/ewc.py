@@ -59,7 +59,7 @@ class Ewc(Pulled):
         for batch in batches:
             with autocast():
                 features = encode(model, batch.images, batch.tokens)
-            loss = SCALE * contrastive_loss(features)
+            loss = SCALE * contrastive_loss(features, batch.text_ids)
             gradients = torch.autograd.grad(loss, list(self.trained.values()), materialize_grads=True)
             for squares, gradient in zip(total.values(), gradients, strict=True):
                 squares.addcmul_(gradient, gradient)
