@@ -24,7 +24,7 @@ from fomo.text import plural
 SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff")
 SUFFIXES += ("jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm")
 UNREADABLE = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
-UNREADABLE += (EOFError, IndexError, OverflowError, struct.error, zlib.error)  # what damaged files also raise
+UNREADABLE += (EOFError, IndexError, OverflowError, TypeError, struct.error, zlib.error)  # of damaged files
 HELD_OUT = 50  # pictures with captions that are enough to test on
 
 
