@@ -190,10 +190,9 @@ def by_name(path: Path, files: list[Path]) -> tuple[dict[str, list[Path]], list[
 def in_one(tree: Tree) -> Layout:
     shards = [folder.path / n for folder in tree.walk() for n in folder.others if n.lower().endswith(".tar")]
     tables = tables_in(tree)
-    if shards:
-        other = tables or [tree.path] * tree.holds_pictures()
-        if other:
-            kinds = f"webdataset ({shards[0].name}), {'table' if tables else 'folder'} ({other[0].name})"
+    if shards:  # which have their texts with them, so a table beside them is only told
+        if tree.holds_pictures():
+            kinds = f"webdataset ({shards[0].name}), folder ({tree.name})"
             remedy = "name the file or folder that is meant"
             raise UserError(f"{tree.path}: more than one kind of data: {kinds}; {remedy}")
         splits, notes = by_name(tree.path, shards)

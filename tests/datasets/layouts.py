@@ -210,6 +210,10 @@ LAYOUTS: dict[str, Files | tuple[Files, str]] = {
         "train-000.tar": shard(0, 6, cls=number), "train-001.tar": shard(6, 6, cls=number),
         "test-000.tar": shard(12, 4, cls=number), "classes.txt": "cat\ndog\n",
     },
+    "shards and a table of their sources": {
+        "train.tar": shard(0, 6, cls=number), "test.tar": shard(12, 4, cls=number), "classes.txt": "cat\ndog\n",
+        "sources.tsv": "picture\turl\n0.png\thttps://x.org/0\n",
+    },
     "img2dataset's shards": {
         "00000.tar": shard(0, 12, txt=word, json=lambda i: json.dumps({"caption": word(i)})),
         "00000_stats.json": "{}", "00000.parquet": parquet(0, 1),
