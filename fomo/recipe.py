@@ -107,6 +107,10 @@ class Optimizer:
     betas: list[Annotated[float, Range(0, 1, below=True)]] = field(default_factory=lambda: [0.9, 0.999])
     eps: Positive = 1e-8
     clip_norm: NotNegative = 1.0  # global gradient norm; 0 switches clipping off
+    lr_text: Positive | None = None  # peak of the text tower; null: that of the others
+    layer_decay: Annotated[float, Range(0, 1, above=True)] = (
+        1.0  # by which the peak falls from block to block
+    )
     accumulate: Count = 1  # parts that a batch goes through the model in; its loss stays that of the whole
 
     def __post_init__(self):

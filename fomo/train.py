@@ -124,7 +124,7 @@ def train(
         model.train()
         lr = rate(number)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_share", 1.0)
         if accumulate == 1 and not ranks.several:
             loss = backward(model, encoder, method, batch, precision, (*draws, number))
         else:

@@ -26,6 +26,7 @@ from fomo.eval.scorer import Scorer
 from fomo.eval.zero_shot import announced
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Weights
+from fomo.param_groups import param_groups
 from fomo.pretrain import starting_model
 from fomo.progress import Progress
 from fomo.recipe import Recipe, Temperature
@@ -173,7 +174,12 @@ class Trainer:
         if self.trunk:
             self.method.load(self.model, self.trunk)
         self.method.before_update(self.model)
-        self.optimizer = self.method.optimizer(self.parameters, self.recipe.optimizer)
+        self.optimizer = self.fresh_optimizer()
+
+    def fresh_optimizer(self) -> torch.optim.Optimizer:
+        settings = self.recipe.optimizer
+        groups = param_groups(self.method.named_parameters(self.model), self.parameters, settings)
+        return self.method.optimizer(groups, settings)
 
     def steps(self, batches: Iterable[Batch], steps: int, start: int = 0) -> Iterator[Step]:
         """Train on the batches of one update, `steps` in all, from step `start`."""
@@ -292,7 +298,7 @@ class Trainer:
         self.scorer.original = checkpoint["original"]
         self.max_scale = checkpoint.get("max_scale", self.max_scale)
         if checkpoint["optimizer"] is not None:
-            self.optimizer = self.method.optimizer(self.parameters, self.recipe.optimizer)
+            self.optimizer = self.fresh_optimizer()
             self.optimizer.load_state_dict(checkpoint["optimizer"])
 
     # --- scores ------------------------------------------------------------------------------------------

@@ -138,6 +138,10 @@ def kind_of(tensor: Tensor) -> Kind:
     return Kind(tuple(tensor.shape), tensor.dtype, tensor.device)
 
 
+# Blocks are resblocks.N in open_clip, blocks.N in timm, layer.N in Hugging Face.
+BLOCK = re.compile(r"(.*?\b(?:resblocks|blocks|layers?|stages))\.(\d+)\.")
+
+
 @dataclass(frozen=True)
 class Lines:
     """θ_0 + s_l (θ − θ_0),  s_l = α + β l / (L − 1) in block l of the L of its tower, α outside blocks.
@@ -150,9 +154,8 @@ class Lines:
     beta: float = 0.5
 
     def factors(self, names: Iterable[str]) -> dict[str, float]:
-        """s_l by name. Blocks are resblocks.N in open_clip, blocks.N in timm, layer.N in Hugging Face."""
-        pattern = re.compile(r"(.*?\b(?:resblocks|blocks|layers?|stages))\.(\d+)\.")
-        found = {name: (block[1], int(block[2])) for name in names if (block := pattern.match(name))}
+        """s_l by name."""
+        found = {name: (block[1], int(block[2])) for name in names if (block := BLOCK.match(name))}
         last: dict[str, int] = {}  # tower -> L − 1
         for tower, block in found.values():
             last[tower] = max(block, last.get(tower, 1))

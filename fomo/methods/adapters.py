@@ -25,7 +25,7 @@ code. (It has one on out_proj, too, that takes no part in the forward pass; here
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from fomo.errors import FieldError
 from fomo.methods.base import Method
-from fomo.methods.subsets import in_both_towers, train_only
+from fomo.methods.subsets import TOWERS, in_towers, train_only
 from fomo.schema import Count
 from fomo.weights import Weights
 
@@ -63,13 +63,15 @@ class Adapter(Method):
     targets: list[Literal["in_proj", "out_proj", "c_fc", "c_proj"]] = field(
         default_factory=lambda: ["in_proj", "c_proj"]
     )
+    towers: list[Literal["image", "text"]] = field(default_factory=lambda: ["image", "text"])
     adapted: dict[str, Adapted] = field(default_factory=dict, init=False)  # by parameter name
     generator: torch.Generator = field(default_factory=torch.Generator, init=False)
     TRAINED: ClassVar[tuple[str, ...]] = ()  # names of the factors that are
 
     def __post_init__(self):
-        if not self.targets:
-            raise FieldError("method.targets", f"say at least one of {', '.join(TARGETS)}")
+        for field_name, known in (("targets", TARGETS), ("towers", TOWERS)):
+            if not getattr(self, field_name):
+                raise FieldError(f"method.{field_name}", f"say at least one of {', '.join(known)}")
 
     def fresh(self, base: Tensor) -> Weights:
         """Factors (P, ., .) to start from: fold(base, **fresh(base)) is `base`, bit by bit."""
@@ -87,7 +89,7 @@ class Adapter(Method):
         self.generator.manual_seed(torch.initial_seed())
         weights = dict(model.named_parameters())
         chosen = self.find(weights)
-        train_only(model, in_both_towers(model, chosen, f"method.targets {self.targets}"))
+        train_only(model, in_towers(model, chosen, f"method.targets {self.targets}", self.towers))
         for name in sorted(chosen):
             weight = weights[name]
             parts = 3 if re.search(FUSED, name) else 1
@@ -99,10 +101,16 @@ class Adapter(Method):
             weight.register_post_accumulate_grad_hook(self.chain_rule(self.adapted[name]))
         return [f for a in self.adapted.values() for f in a.factors.values() if isinstance(f, nn.Parameter)]
 
+    def named_parameters(self, model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+        """Factors go by the name of their weight; what else is trained is the logit scale."""
+        factors = [(name, f) for name, a in self.adapted.items() for f in a.factors.values()]
+        return [*((n, f) for n, f in factors if isinstance(f, nn.Parameter)), *model.named_parameters()]
+
     def find(self, names: Weights) -> set[str]:
         chosen = set()
         for i, target in enumerate(self.targets):
             found = {name for name in names if re.search(TARGETS[target], name)}
+            found = {n for n in found if any(re.search(TOWERS[tower], n) for tower in self.towers)}
             if not found:
                 raise FieldError(f"method.targets[{i}]", f"this model has no {target} in any of its blocks")
             chosen |= found

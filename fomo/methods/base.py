@@ -48,9 +48,17 @@ class Method:
     def before_update(self, model: nn.Module) -> None:
         """Leave in the model the weights to train from."""
 
-    def optimizer(self, parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
-        """A fresh one for each update: empty moments, weight decay on all parameters (paper, section 4)."""
-        fused = all(p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point() for p in parameters)
+    def named_parameters(self, model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+        """What is trained has these names, by which a learning rate can differ (param_groups.py)."""
+        return model.named_parameters()
+
+    def optimizer(self, parameters: list, settings: Optimizer) -> torch.optim.Optimizer:
+        """A fresh one for each update: empty moments, weight decay on all parameters (paper, section 4).
+
+        parameters: those, or groups of them as any optimizer of torch takes.
+        """
+        flat = [p for group in parameters for p in (group["params"] if isinstance(group, dict) else [group])]
+        fused = all(p.device.type in ("cpu", "cuda", "mps") and p.is_floating_point() for p in flat)
         return torch.optim.AdamW(
             parameters,
             lr=settings.lr,

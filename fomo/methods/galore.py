@@ -43,7 +43,7 @@ class GaLore(Method):
         self.shapes = [p.shape for p in parameters if p.ndim == 2 and self.rank < min(p.shape)]
         return parameters
 
-    def optimizer(self, parameters: list[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
+    def optimizer(self, parameters: list, settings: Optimizer) -> torch.optim.Optimizer:
         adamw = {name: getattr(settings, name) for name in ("lr", "betas", "eps", "weight_decay")}
         return GaLoreAdamW(parameters, {**adamw, "rank": self.rank, "gap": self.gap, "scale": self.scale})
 

@@ -101,6 +101,9 @@ class Merge(Method):
     def penalty(self, model, batch, features):
         return self.tune.penalty(model, batch, features)
 
+    def named_parameters(self, model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+        return self.tune.named_parameters(model)
+
     def after_step(self, model: nn.Module, lr: float) -> None:
         self.tune.after_step(model, lr)
 

@@ -11,6 +11,7 @@ The released code picks by name alone (`ln_` for LNFit), which finds the LayerNo
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,10 +43,12 @@ def keep_statistics(norm: nn.Module, inputs: tuple) -> None:
     norm.eval()
 
 
-def in_both_towers(model: nn.Module, chosen: set[str], what: str) -> set[str]:
-    """`chosen`, or a UserError if one tower of `model` has none of `what`."""
-    for tower, pattern in TOWERS.items():
-        if not any(re.search(pattern, name) for name in chosen):
+def in_towers(
+    model: nn.Module, chosen: set[str], what: str, towers: Collection[str] = tuple(TOWERS)
+) -> set[str]:
+    """`chosen`, or a UserError if one of the towers of `model` has none of `what`."""
+    for tower in towers:
+        if not any(re.search(TOWERS[tower], name) for name in chosen):
             part = getattr(model.visual, "trunk", model.visual) if tower == "image" else text_tower(model)
             raise UserError(f"{what}: the {tower} tower of this model ({type(part).__name__}) has none")
     return chosen
@@ -92,11 +95,11 @@ class LnFit(Method):
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         norms = [(path, module) for path, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
         chosen = {f"{path}.{name}" for path, norm in norms for name, _ in norm.named_parameters()}
-        return train_only(model, in_both_towers(model, chosen, "lnfit trains LayerNorms"))
+        return train_only(model, in_towers(model, chosen, "lnfit trains LayerNorms"))
 
 
 @dataclass
 class BitFit(Method):
     def prepare(self, model: nn.Module) -> list[nn.Parameter]:
         chosen = {name for name, _ in model.named_parameters() if "bias" in name and name != "logit_bias"}
-        return train_only(model, in_both_towers(model, chosen, "bitfit trains biases"))
+        return train_only(model, in_towers(model, chosen, "bitfit trains biases"))
