@@ -23,6 +23,7 @@ from fomo.devices import Precision, machine, peak_memory, pick_device
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import Interrupted, UserError
 from fomo.eval.scorer import Scorer
+from fomo.eval.transfer import mtil
 from fomo.eval.zero_shot import announced
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Weights
@@ -371,6 +372,8 @@ class Trainer:
         by_class = {"update": run.position.update, "datasets": scores.by_class()}
         if self.ranks.first:  # the others have no log
             line["transfer"] = self.scorer.transfer(by_class, lambda: run.lines("concepts.jsonl"))
+            if tasks := mtil(self.scorer.rows):
+                line["mtil"] = tasks
         if whole:
             line["full"] = whole.as_metrics()
         if first and wanted.frozen:

@@ -55,6 +55,30 @@ def transfer(rows: Sequence[Row]) -> dict[str, float | None]:
     }
 
 
+def mtil(rows: Sequence[Row]) -> dict[str, float] | None:
+    """What papers on multi-domain task-incremental learning report (ZSCL, arXiv 2303.06628), updates as tasks.
+
+    None before the last update, or where an update was not scored.
+
+        transfer   mean over j > 1 of the mean of R[i][j] over i < j, i from 1: what is yet to come
+        average    mean of R[i][j] over all i from 1 and j
+        last       mean of R[T][j] over j
+
+    With a dataset an update (`stream.per_dataset`), R is its mean accuracy over classes.
+    """
+    updates = len(rows[0].scores)
+    known = all(score is not None for row in rows for score in row.scores)
+    if [row.update for row in rows] != list(range(updates + 1)) or not known:
+        return None
+    scores = [row.scores for row in rows[1:]]
+    before = [fmean(row[j] for row in scores[:j]) for j in range(1, updates)]
+    return {
+        **({"transfer": fmean(before)} if before else {}),
+        "average": fmean(map(fmean, scores)),
+        "last": fmean(scores[-1]),
+    }
+
+
 def accuracy_on(concepts: Update, line: dict) -> float | None:
     """Mean over those that have a test picture; None if none has."""
     found = [concept_score(line["datasets"].get(dataset, []), label) for dataset, label in concepts]

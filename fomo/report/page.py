@@ -306,11 +306,13 @@ def updates_table(group: Group) -> Columns:
 def transfer_table(group: Group) -> Columns:
     """A row per update: what the updates did to what was taught before and after them."""
     kinds = {kind: Values(group.values("transfer", kind).T, "+.1f") for kind in ("forward", "backward")}
+    mtil = {kind: Values(group.values("mtil", kind).T) for kind in ("transfer", "average", "last")}
     return {
         "update": [str(update) for update in group.updates],
         **kinds,
         "forgetting": Values(group.values("transfer", "forgetting").T),
         "drift": Values(group.values("drift").T, ".3f"),
+        **{f"MTIL {kind}": v for kind, v in mtil.items() if v.known},
     }
 
 

@@ -10,7 +10,8 @@ from fomo.datasets.datafile import read
 from tests.datasets.inputs import draw, one_line, samples
 from tests.datasets.inputs import shard as write_shard
 
-REAL = Path(__file__).parents[1] / "real.yaml"
+ROOT = Path(__file__).parents[2]
+REAL = ROOT / "tests" / "real.yaml"
 
 
 def data_file(folder: Path, content: dict | str) -> Path:
@@ -297,3 +298,10 @@ def test_what_a_source_leaves_out_is_said_once(tmp_path, capsys):
         read(path).evaluation["x"].open("test")
     err = capsys.readouterr().err
     assert err.count("evaluation.x (test): 1 picture is in no class folder, first: stray.png") == 1
+
+
+def test_mtil_is_zscls_eleven_sets_in_its_order():
+    data = read(ROOT / "recipes" / "data" / "mtil.yaml")
+    names = "aircraft caltech101 cifar100 dtd eurosat flowers food101 mnist pets cars sun397"
+    assert " ".join(sorted(data.adaptation, key=lambda name: data.adaptation[name].spec["year"])) == names
+    assert all(entry.has("train") and entry.has("test") for entry in data.adaptation.values())

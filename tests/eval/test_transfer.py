@@ -2,7 +2,7 @@
 
 import pytest
 
-from fomo.eval.transfer import row_of, transfer
+from fomo.eval.transfer import Row, mtil, row_of, transfer
 
 # Three updates of one concept each. Rows: the untouched model, then after each update.
 R = [
@@ -97,3 +97,14 @@ def test_a_set_without_classes_is_not_the_last_class_of_its_test_set():
     stream = [[("a", -1)], [("a", 0)]]
     assert after(lines_of([[0, 50], [10, 60]]), stream)["forward"] == 10
     assert after(lines_of([[0, 50], [10, 60], [20, 0]]), stream)["backward"] is None
+
+
+def test_the_numbers_of_mtil_by_hand():
+    """Three tasks. Transfer: of the second 22, of the third (31 + 33) / 2."""
+    scores = [[10, 20, 30], [50, 22, 31], [45, 60, 33], [40, 55, 70]]
+    rows = [Row(i, row) for i, row in enumerate(scores)]
+    found = mtil(rows)
+    assert found == pytest.approx({"transfer": 27, "average": (45 + 137 / 3 + 134 / 3) / 3, "last": 55})
+    assert mtil(rows[:-1]) is None
+    assert mtil([rows[0], *rows[2:]]) is None  # an update that was not scored
+    assert mtil([Row(0, [10]), Row(1, [30])]) == {"average": 30, "last": 30}
