@@ -38,6 +38,7 @@ from fomo.text import plural
 SAMPLES_PER_SECOND = 1000  # `tiny` on a CPU core, ViT-B on a GPU
 GFLOPS_PER_SECOND = 125_000  # one A100, as the headers of recipes/scales/ assume
 OF_A_CORE = 78  # the same for `tiny` and other models of our own
+DIVERGED = "diverged.txt"  # in the folder of a run that ended so, which its recipe allows: where and how
 ONLY_TO_RESUME = ("state", "weights", "model", "experts")
 
 
@@ -77,7 +78,20 @@ class Job:
     @property
     def finished(self) -> bool:
         lines = self.evaluations()
-        return bool(lines) and lines[-1]["update"] >= self.recipe.stream.updates
+        ended = lines and (lines[-1]["update"] >= self.recipe.stream.updates or self.diverged)
+        return bool(ended)
+
+    @property
+    def diverged(self) -> bool:
+        return (self.folder / DIVERGED).exists()
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """By name after each scored update; of a run that diverged the last ones stand for those to come."""
+        updates, every = self.recipe.stream.updates, self.recipe.evaluation.every
+        count = 1 + len({1, updates, *range(every, updates + 1, every)})
+        lines = self.evaluations()
+        found = {key: np.array([line[key] for line in lines], dtype=float) for key in SCORED}
+        return {key: np.pad(values, (0, count - len(values)), "edge") for key, values in found.items()}
 
 
 def plan(studies: list[Study], scale: str, seeds: list[int] | None, out: Path, bases: int = 1) -> list[Job]:
@@ -252,6 +266,9 @@ def run_jobs(jobs: list[Job], width: int, device: str) -> dict[str, str]:
         for done, (job, problem) in enumerate(results, 1):
             if problem:
                 bar.write(f"{job.folder or job.label}: {job.label}: {problem}", file=sys.stderr)
+            if problem and may_diverge(job, problem):
+                write_atomically(job.folder / DIVERGED, problem.encode())
+                problem = None
             if job.folder and problem:
                 failed[job.folder.name] = f"{job.label}: {problem}"
             elif job.folder:
@@ -262,6 +279,11 @@ def run_jobs(jobs: list[Job], width: int, device: str) -> dict[str, str]:
     if workers.signum:
         raise Interrupted(workers.signum, "the same command goes on from here")
     return failed
+
+
+def may_diverge(job: Job, problem: str) -> bool:
+    """Whether a run was stopped by a loss that is not finite, as its recipe says that it may."""
+    return "the loss is" in problem and bool(job.recipe.method.get("allow_divergent") and job.evaluations())
 
 
 def base_models(runs: list[Job]) -> list[Job]:
@@ -338,9 +360,7 @@ def outcome(study: Study, jobs: list[Job], scale: str, failed: dict[str, str]) -
             broken.update(variant for variant, _ in users)
         if not users or not job.finished:
             continue
-        lines = job.evaluations()
-        of_run = {key: np.array([line[key] for line in lines], dtype=float) for key in SCORED}
         for variant, seed in users:
-            scores[variant][seed] = of_run
-            seconds[variant, seed] = lines[-1]["seconds"]
+            scores[variant][seed] = job.scores()
+            seconds[variant, seed] = job.evaluations()[-1]["seconds"]
     return Outcome(study, scores, seconds, frozenset(broken))

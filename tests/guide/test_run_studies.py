@@ -224,3 +224,28 @@ def test_a_killed_process_is_named_and_the_others_go_on(tmp_path, small_scale):
     failed = run_jobs([long, short], 1, "cpu")
     assert failed == {long.folder.name: "study/long, seed 0: its process died with status -9"}
     assert short.finished and not long.finished
+
+
+def test_a_run_that_may_diverge_ends_where_it_does_and_keeps_its_last_scores(tmp_path, small_scale):
+    broken = {
+        "recipe": str(ROOT / "merge.yaml"),
+        "set": {
+            "optimizer.lr": 1e30,
+            "method.rule": "task_arithmetic",
+            "method.scale": 1.0,
+            "method.allow_divergent": True,
+        },
+    }
+    claims = [claim("T1", "ka(fast) - ka(broken) > 0")]
+    study = study_file(
+        tmp_path, variants={"fast": {"recipe": FINETUNE}, "broken": broken}, claims=claims, seeds=[0]
+    )
+    go(study, small_scale, tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out")
+    assert row["verdict"] != "failed"
+    (told,) = (tmp_path / "out").glob("runs/*/diverged.txt")
+    assert "the loss is" in told.read_text()
+    assert len((told.parent / "metrics.jsonl").read_text().splitlines()) < 4
+    listed = plan(find_studies([str(study)]), str(small_scale), None, tmp_path / "out")
+    (job,) = [job for job in listed if job.folder == told.parent]
+    assert job.finished and len(job.scores()["ka"]) == 4 and len(set(job.scores()["ka"].tolist()[-3:])) == 1
