@@ -48,7 +48,7 @@ def given(path: str | Path | None) -> Iterator[Path | None]:
         yield path
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield as_data_file(path, Path(folder), one_class=True)
+        yield as_data_file(path, Path(folder))
 
 
 def write_inferred(path: str | Path, out: Path, one_class: bool = False) -> Path:
