@@ -38,6 +38,7 @@ from fomo.report.figures import (
     training_figure,
 )
 from fomo.report.run_records import Group, group_runs, read_run
+from fomo.report.worth import verdict, worth_table
 from fomo.runs.logs import evaluations
 from fomo.text import plural
 
@@ -246,7 +247,7 @@ def headline(group: Group) -> Card:
     note = f"Percent on {test_sets(group)}, {progress}."
     if len(group.records) > 1:
         note += f" Mean ± standard deviation of {group.names}."
-    return Card(group.label, note, tiles=tiles)
+    return Card(group.label, f"{verdict(group)} {note}".strip(), tiles=tiles)
 
 
 def summary_table(groups: list[Group]) -> Columns:
@@ -275,23 +276,6 @@ def before_and_after(group: Group) -> str:
     first = group.updates[0]
     start = f"its parent's model (update {first})" if first else "the untouched model"
     return f"From {start} to the last update, percent, on {test_sets(group)}."
-
-
-def worth_table(group: Group) -> Columns:
-    """What else could have been done with the last update, beside what was."""
-    curve = group.keep_curve()
-    if curve is None:
-        return {}
-    named = {0.0: "plain finetuning (keep 0)", 1.0: "doing nothing (keep 1)"}
-    rows = [(named.get(keep, f"interpolated: keep {keep:g}"), scores) for keep, scores in curve.items()]
-    deployed = {key: group.values(key)[:, -1] for key in SCORES}
-    rows = [rows[-1], *rows[:-1], ("this update, as deployed", deployed)]
-    frozen = group.frozen()
-    if frozen is not None:
-        rows.insert(1, ("frozen features and ridge regression", {"ka": frozen[:, -1]}))
-    missing = np.array([np.nan])
-    columns = {key.upper(): Values([scores.get(key, missing) for _, scores in rows]) for key in SCORES}
-    return {"instead": [title for title, _ in rows], **columns}
 
 
 def updates_table(group: Group) -> Columns:
@@ -358,4 +342,5 @@ def report_run(folder: Path) -> str:
     known = [key for key in ("ka", "zs") if first[key] is not None]
     changes = ", ".join(f"{key.upper()} {first[key]:.1f} -> {last[key]:.1f}" for key in known) or "no scores"
     updates = last["update"] - first["update"]
-    return f"{changes} in {plural(updates, 'update')}; report: {page}"
+    line = f"{changes} in {plural(updates, 'update')}; report: {page}"
+    return "\n".join(filter(None, [line, verdict(group_runs([read_run(folder)])[0])]))

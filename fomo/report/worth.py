@@ -1,0 +1,70 @@
+"""Was the last update worth it? What else could have been done with it, beside what was deployed."""
+
+import numpy as np
+
+from fomo.report.columns import Columns, Values
+from fomo.report.figures import SCORES
+from fomo.report.run_records import Group
+
+NOTHING, TUNED, RIDGE = "doing nothing", "plain finetuning", "ridge regression on frozen features"
+
+
+def choices(group: Group) -> dict[str, dict[str, np.ndarray]]:
+    """What could have been done -> score -> (R,); nothing where the run did not score it."""
+    curve = group.keep_curve()
+    if curve is None:
+        return {}
+    named = {0.0: f"{TUNED} (keep 0)", 1.0: f"{NOTHING} (keep 1)"}
+    found = {named.get(keep, f"interpolated: keep {keep:g}"): scores for keep, scores in curve.items()}
+    rows = {named[1.0]: found.pop(named[1.0])}
+    frozen = group.frozen()
+    if frozen is not None:
+        rows[RIDGE] = {"ka": frozen[:, -1]}
+    return {**rows, **found}
+
+
+def worth_table(group: Group) -> Columns:
+    rows = choices(group)
+    if not rows:
+        return {}
+    rows["this update, as deployed"] = {key: group.values(key)[:, -1] for key in SCORES}
+    missing = np.array([np.nan])
+    columns = {key.upper(): Values([scores.get(key, missing) for scores in rows.values()]) for key in SCORES}
+    return {"instead": list(rows), **columns}
+
+
+def verdict(group: Group) -> str:
+    """A sentence: whether anything else that was scored is better, by GM, or by KA where nothing must be kept.
+
+    Better is what differs by more than the standard error of KA that comes of the few test pictures.
+    """
+    rows = choices(group)
+    if not rows:
+        return ""
+    key = "gm" if np.isfinite(group.values("gm")[:, -1]).all() else "ka"
+    deployed, error = group.values(key)[:, -1].mean(), standard_error(group)
+    scored = {what: scores[key].mean() for what, scores in rows.items() if key in scores}
+    best = max(scored, key=scored.get)
+    nothing = next(value for what, value in scored.items() if what.startswith(NOTHING))
+    found = f"{key.upper()} {deployed:.1f}, doing nothing {nothing:.1f}"
+    if scored[best] > deployed + error:
+        return f"Was it worth it? {found}; better: {best}, {scored[best]:.1f}{how_to(best)}."
+    return (
+        f"Was it worth it? {found}; nothing else that was scored is better by more than chance ({error:.1f})."
+    )
+
+
+def standard_error(group: Group) -> float:
+    """Of KA, from the number of its test pictures."""
+    roles = group.records[0].constants["roles"]
+    learnt = [name for name, role in roles.items() if role == "adaptation"]
+    errors = np.array([group.values("stderr", name)[:, -1].mean() for name in learnt])
+    return float(np.sqrt(np.square(errors).sum()) / len(learnt))
+
+
+def how_to(choice: str) -> str:
+    """The way to a better choice, where a command leads there."""
+    if "keep " not in choice or choice.startswith(NOTHING):
+        return ""
+    keep = choice.rpartition("keep ")[2].rstrip(")")
+    return f"; the same command with --set method.keep={keep} and another --out makes it"
