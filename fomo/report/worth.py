@@ -49,9 +49,7 @@ def verdict(group: Group) -> str:
     found = f"{key.upper()} {deployed:.1f}, doing nothing {nothing:.1f}"
     if scored[best] > deployed + error:
         return f"Was it worth it? {found}; better: {best}, {scored[best]:.1f}{how_to(best)}."
-    return (
-        f"Was it worth it? {found}; nothing else that was scored is better by more than chance ({error:.1f})."
-    )
+    return f"Was it worth it? {found}; nothing else that was scored is clearly better."
 
 
 def standard_error(group: Group) -> float:

@@ -1,0 +1,69 @@
+"""The verdict on an update: better is what differs by more than the few test pictures explain."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fomo.report.worth import standard_error, verdict, worth_table
+
+
+def group(deployed, curve, ridge=None, zs=None, error=3.0, sets=("photos",)):
+    """curve: keep -> KA; zs: of everything, so that GM is known."""
+
+    def scores(ka):
+        gm = np.nan if zs is None else (ka * zs) ** 0.5
+        return {"ka": np.array([ka]), "zs": np.array([np.nan if zs is None else zs]), "gm": np.array([gm])}
+
+    def values(*path):
+        if path[0] == "stderr":
+            return np.array([[0.0, error]])
+        return np.array([[0.0, scores(deployed)[path[0]][0]]])
+
+    return SimpleNamespace(
+        keep_curve=lambda: curve and {keep: scores(ka) for keep, ka in curve.items()},
+        frozen=lambda: None if ridge is None else np.array([[0.0, ridge]]),
+        values=values,
+        records=[SimpleNamespace(constants={"roles": dict.fromkeys(sets, "adaptation")})],
+    )
+
+
+CURVE = {0.0: 44.0, 0.5: 33.0, 1.0: 20.0}
+
+
+def test_a_better_choice_is_named_with_the_way_to_it():
+    text = verdict(group(33.0, CURVE, ridge=37.0))
+    said = "Was it worth it? KA 33.0, doing nothing 20.0; better: plain finetuning (keep 0), 44.0; "
+    assert text.startswith(said) and "--set method.keep=0" in text
+    assert "better: ridge regression on frozen features, 50.0." in verdict(group(33.0, CURVE, ridge=50.0))
+
+
+def test_that_doing_nothing_is_better_is_said():
+    assert "better: doing nothing (keep 1), 60.0." in verdict(group(33.0, {0.0: 30.0, 1.0: 60.0}))
+
+
+@pytest.mark.parametrize("best", [30.0, 33.0, 35.9])
+def test_within_the_standard_error_nothing_is_clearly_better(best):
+    text = verdict(group(33.0, {0.0: best, 1.0: 20.0}))
+    assert text.endswith("nothing else that was scored is clearly better.")
+
+
+def test_where_something_must_be_kept_gm_decides_and_ridge_has_none():
+    text = verdict(group(33.0, CURVE, ridge=99.0, zs=50.0))
+    said = "Was it worth it? GM 40.6, doing nothing 31.6; better: plain finetuning (keep 0), 46.9"
+    assert text.startswith(said)
+
+
+def test_a_run_that_scored_nothing_beside_has_no_verdict_and_the_table_has_a_row_for_each():
+    assert verdict(group(33.0, None)) == "" and worth_table(group(33.0, None)) == {}
+    assert worth_table(group(33.0, CURVE, ridge=37.0))["instead"] == [
+        "doing nothing (keep 1)",
+        "ridge regression on frozen features",
+        "plain finetuning (keep 0)",
+        "interpolated: keep 0.5",
+        "this update, as deployed",
+    ]
+
+
+def test_the_standard_error_of_a_mean_over_sets():
+    assert standard_error(group(33.0, CURVE, error=3.0, sets=("a", "b"))) == pytest.approx((9 + 9) ** 0.5 / 2)
