@@ -289,6 +289,19 @@ def merge(rule, base, models, out, settings, dtype, sweep, data, device):
 
 
 @cli.command()
+@click.argument("model", type=Place("RUN|MODEL"))
+@click.argument("out", type=Place("DIR"))
+@click.option(
+    "--to", type=click.Choice(["transformers"]), required=True, help="The library that shall open it."
+)
+def export(model, out, to):
+    """Write a run's deployed model, or any that --model takes, for another library, with its processor."""
+    from fomo.hugging_face.export import export
+
+    print(export(model, Path(out)))
+
+
+@cli.command()
 @click.option("--order", type=Place("ORDER|FILE.json"), help="One of the paper's six, or a stream file.")
 @click.option("--updates", type=int, metavar="T", help="Into so many chunks; by default the scale's.")
 @click.option("--per-dataset", is_flag=True, help="One update per dataset instead of T equal chunks.")
