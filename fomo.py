@@ -66,7 +66,15 @@ def shared_options(*names):
         ),
         "seed": click.option("--seed", type=int, help="Seed of the stream and of every draw."),
         "model": click.option(
-            "--model", type=Place("NAME/TAG|PATH"), help="Start from this model, not the scale's."
+            "--model",
+            type=Place("NAME/TAG|PATH"),
+            help="Start from this model, not the scale's: of open_clip or transformers, on the hub or here.",
+        ),
+        "image-size": click.option(
+            "--image-size",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Side of its pictures, if another than its own; a ViT's position embeddings are interpolated.",
         ),
         "data": click.option(
             "--data",
@@ -132,7 +140,9 @@ def cli():
 )
 @click.option("--resume", is_flag=True, help="Go on where the run folder stands.")
 @click.option("--dry-run", is_flag=True, help="Say what it would take, and write nothing.")
-@shared_options("one_class", "model", "data", "scale", "set", "seed", "device", "workers", "skip-bad")
+@shared_options(
+    "one_class", "model", "image-size", "data", "scale", "set", "seed", "device", "workers", "skip-bad"
+)
 def update(path, dry_run, device, workers, skip_bad, **options):
     """Take a model through every update of a recipe and evaluate it after each.
 
@@ -211,7 +221,7 @@ def diff(run, a, b):
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-@shared_options("model", "data", "scale", "set", "seed", "device")
+@shared_options("model", "image-size", "data", "scale", "set", "seed", "device")
 def eval(as_json, device, **options):
     """Score a model on every test set of a data file."""
     from fomo.datasets.infer import given
@@ -279,13 +289,26 @@ def merge(rule, base, models, out, settings, dtype, sweep, data, device):
 
 
 @cli.command()
+@click.argument("model", type=Place("RUN|MODEL"))
+@click.argument("out", type=Place("DIR"))
+@click.option(
+    "--to", type=click.Choice(["transformers"]), required=True, help="The library that shall open it."
+)
+def export(model, out, to):
+    """Write a run's deployed model, or any that --model takes, for another library, with its processor."""
+    from fomo.hugging_face.export import export
+
+    print(export(model, Path(out)))
+
+
+@cli.command()
 @click.option("--order", type=Place("ORDER|FILE.json"), help="One of the paper's six, or a stream file.")
 @click.option("--updates", type=int, metavar="T", help="Into so many chunks; by default the scale's.")
 @click.option("--per-dataset", is_flag=True, help="One update per dataset instead of T equal chunks.")
 @click.option("--reverse", is_flag=True, help="The exact reversal.")
 @click.option("--plot", type=Place("FILE"), help="Draw which dataset feeds which update (.png, .svg).")
 @click.option("-o", "out", type=Place("FILE.json"), help="Write the stream in the official format.")
-@shared_options("data", "model", "scale", "set", "seed", "device")
+@shared_options("data", "model", "image-size", "scale", "set", "seed", "device")
 def stream(plot, out, device, order, updates, per_dataset, reverse, **options):
     """Show the stream of a data file: what each update would learn, in which order."""
     from fomo.datasets.infer import given
@@ -315,7 +338,7 @@ def stream(plot, out, device, order, updates, per_dataset, reverse, **options):
 )
 @click.option("--measure", "measured", is_flag=True, help="Also measure each peak on this CUDA device.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-@shared_options("scale", "set", "model")
+@shared_options("scale", "set", "model", "image-size")
 def budget(methods, updates, memory_table, fisher, measured, as_json, **options):
     """What each method costs in FLOPs and memory, and how many steps a scale's budget buys. Needs no GPU."""
     from fomo.budget.mafs import make_table
@@ -431,7 +454,7 @@ def check_data(path, plot, model, bad):
     help="Side in pixels; by default the file's or the scale's. Without N and FILE: how large the cache is.",
 )
 @click.option("--clear", is_flag=True, help="Empty the cache but for what other processes work with.")
-@shared_options("scale", "set", "model")
+@shared_options("scale", "set", "model", "image-size")
 def cache_data(path, size, clear, **options):
     """Decode and resize every picture of a data file once, in parallel; `update` would do it on first use.
 

@@ -7,23 +7,38 @@ how they are resized). Where more than one fits, nothing is guessed.
 import difflib
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
 import open_clip
 import torch
 from open_clip.convert import convert_state_dict
-from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor, nn
 
-from fomo.checkpoint_files import NOT_TENSORS, Checkpoint, note, open_checkpoint, with_defaults
+from fomo import hub
+from fomo.checkpoint_files import (
+    CONFIG_FILE,
+    NOT_TENSORS,
+    Checkpoint,
+    note,
+    open_checkpoint,
+    open_transformers,
+    parse_config,
+    shards,
+    transformers_config,
+    with_defaults,
+)
 from fomo.errors import UserError, one_line
 from fomo.schema import differences
+from fomo.torchscript import OPENAI
 from fomo.weights import is_constant
 
 HUB, LOCAL = "hf-hub:", "local-dir:"
+POSITIONS = "visual.positional_embedding"
 
 
 def locate(name: str | None, pretrained: str | None) -> tuple[str | None, Path | None]:
@@ -47,7 +62,8 @@ def locate(name: str | None, pretrained: str | None) -> tuple[str | None, Path |
     if base not in open_clip.list_models():
         near = ", ".join(difflib.get_close_matches(base, open_clip.list_models(), n=3))
         problem = f"no such file or directory, and {base} is no name that open_clip knows"
-        raise UserError(f"model {label}: {problem}{near and f', nearest: {near}'}")
+        remedy = f", nearest: {near}" if near else f"; a repository of the hub is written {HUB}{label}"
+        raise UserError(f"model {label}: {problem}{remedy}")
     tag, _, file = rest.partition("/")
     if open_clip.get_pretrained_cfg(base, tag):
         base = f"{base}/{tag}"
@@ -64,21 +80,64 @@ def locate(name: str | None, pretrained: str | None) -> tuple[str | None, Path |
     return base, Path(file) if file else None
 
 
-def configuration(name: str | None, pretrained: str | None) -> dict:
+def configuration(name: str | None, pretrained: str | None, image_size: int | None = None) -> dict:
     """The content of a model's open_clip_config.json; no weights are fetched, and those of a file fit it."""
     named, path = locate(name, pretrained)
     if path:
         checkpoint = open_checkpoint(path)
-        config = config_of(named, checkpoint)
+        config = at_size(config_of(named, checkpoint), image_size, f"model {path}")
         with torch.device("meta"):
-            by_names_of(build(config["model_cfg"], f"model {path}"), checkpoint)
+            model = build(config["model_cfg"], f"model {path}")
+        by_names_of(model, checkpoint, resized=image_size is not None)
         return config
-    if not named.startswith(HUB):
-        return tag_config(named)
+    config = hub_config(named) if named.startswith(HUB) else tag_config(named)
+    return at_size(config, image_size, f"model {named}")
+
+
+def hub_config(name: str) -> dict:
+    """Of hf-hub:ORG/NAME."""
+    found = fetched(hub.config_file, name)
+    if found.name == CONFIG_FILE:
+        return parse_config(found.read_text("utf-8", "replace"), f"model {name}: {CONFIG_FILE}")
+    return transformers_config(found.parent, name, name.removeprefix(HUB))
+
+
+def hub_checkpoint(name: str) -> Checkpoint | None:
+    """Of hf-hub:ORG/NAME, if it is a model of transformers; open_clip fetches its own."""
+    if not name.startswith(HUB) or fetched(hub.config_file, name).name == CONFIG_FILE:
+        return None
+    return open_transformers(name, *shards(fetched(hub.with_weights, name)), name.removeprefix(HUB))
+
+
+def fetched(fetch: Callable[[str], Path], name: str) -> Path:
     try:
-        return {"model_cfg": open_clip.get_model_config(named)}
+        return fetch(name.removeprefix(HUB))
     except NOT_TENSORS as error:
-        raise UserError(f"model {named}: its configuration cannot be had: {one_line(error)}") from None
+        raise UserError(f"model {name}: cannot be had: {one_line(error)}") from None
+
+
+def at_size(config: dict, image_size: int | None, label: str) -> dict:
+    """The configuration for pictures of another side; None: for those that it has."""
+    model_cfg = square(config, label)["model_cfg"]
+    vision = model_cfg["vision_cfg"]
+    own, patch = (
+        side_of(vision.get(key, default)) for key, default in (("image_size", 224), ("patch_size", 16))
+    )
+    if image_size in (None, own):
+        return config
+    tower = vision.get("timm_model_name") or ("a ResNet" if isinstance(vision.get("layers"), list) else None)
+    if tower:
+        problem = f"accepted: {own}, as its tower is {tower}, or a model with open_clip's own ViT"
+        raise UserError(f"{label}: image_size: got {image_size}, {problem}")
+    if isinstance(patch, int) and patch > 0 and image_size % patch:  # else open_clip refuses it
+        near = " or ".join(str(n * patch) for n in {max(image_size // patch, 1), image_size // patch + 1})
+        problem = f"accepted: a multiple of its patches' {patch}, as {near}"
+        raise UserError(f"{label}: image_size: got {image_size}, {problem}")
+    return {**config, "model_cfg": {**model_cfg, "vision_cfg": {**vision, "image_size": image_size}}}
+
+
+def side_of(size: int | list | tuple) -> int:
+    return size[0] if isinstance(size, list | tuple) else size
 
 
 def config_of(name: str | None, checkpoint: Checkpoint) -> dict:
@@ -87,6 +146,8 @@ def config_of(name: str | None, checkpoint: Checkpoint) -> dict:
     if name is None and checkpoint.config:
         return square(checkpoint.config, label)
     names = [name] if name else names_that_fit(frozenset(shapes_of(checkpoint).items()))
+    if checkpoint.keys() >= OPENAI:  # its archives do not say the activation, but they are its own
+        names = [f"{each}/openai" if open_clip.get_pretrained_cfg(each, "openai") else each for each in names]
     if not names:
         problem = f"fits no architecture of open_clip by its tensors (the first is {next(iter(checkpoint))})"
         raise UserError(
@@ -214,6 +275,7 @@ def tokenizer_of(config: dict, folder: Path | None, label: str) -> object:
     if not name:
         return open_clip.SimpleTokenizer(**options)
     source = str(folder) if folder and any(folder.glob("tokenizer*")) else name
+    options["trust_remote_code"] = False  # whatever a configuration says: a folder may hold programs
     try:
         return HFTokenizer(source, tokenizer_mode=text.get("tokenizer_mode"), **options)
     except ImportError as error:
@@ -222,9 +284,17 @@ def tokenizer_of(config: dict, folder: Path | None, label: str) -> object:
         raise UserError(f"{label}: its tokenizer {source} cannot be had: {one_line(error)}") from None
 
 
-def by_names_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The checkpoint's tensors under the model's names, if its weights are the model's."""
+def by_names_of(model: nn.Module, checkpoint: Checkpoint, resized: bool = False) -> dict[str, Tensor]:
+    """The checkpoint's tensors under the model's names, if its weights are the model's.
+
+    resized: with position embeddings interpolated, by open_clip, to the number of patches that the model has.
+    """
     tensors, state = convert_state_dict(model, dict(checkpoint)), model.state_dict()  # Apple's own MobileCLIP
+    if resized and POSITIONS in tensors:
+        stored = tensors[POSITIONS]
+        with suppress(RuntimeError):  # of those that are no square grid: they do not fit, as is said below
+            resize_pos_embed(whole := {POSITIONS: stored.float()}, model)
+            tensors[POSITIONS] = whole[POSITIONS].to(stored.dtype)
     if hasattr(model, "text"):  # saved by CLIP, where the text tower is the model itself
         tensors = convert_to_custom_text_state_dict(tensors)
     wanted, found = shapes_of(state), shapes_of(tensors)
@@ -240,9 +310,9 @@ def by_names_of(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+def load_weights(model: nn.Module, checkpoint: Checkpoint, resized: bool = False) -> None:
     """Into the model; buffers that only one of both has, or of another size, stay as the model makes them."""
-    tensors, state = by_names_of(model, checkpoint), model.state_dict()
+    tensors, state = by_names_of(model, checkpoint, resized), model.state_dict()
     fitting = [name for name in state if name in tensors and tensors[name].numel() == state[name].numel()]
     for name in fitting:
         state[name].copy_(tensors[name].reshape(state[name].shape))

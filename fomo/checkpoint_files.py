@@ -10,6 +10,8 @@ import pickle
 import re
 import sys
 import warnings
+import zipfile
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,12 +25,16 @@ from torch import Tensor
 
 from fomo.atomic import OnDisk, write_tensors
 from fomo.errors import UserError, one_line
+from fomo.hugging_face.folder import CONFIG, model_type, open_clip_config
+from fomo.hugging_face.names import TABLES, Renamed
+from fomo.torchscript import read_torchscript
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 CONFIG_KEY = "open_clip_config"  # in the metadata of a safetensors file
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 ENTRIES = ("state_dict", "model_state_dict", "model", "module")  # of what training programs save, the weights
 WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|\b_orig_mod\.")  # of a parallel and a compiled model
+THEIRS = "text_model.embeddings.token_embedding.weight"  # transformers' name
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode", "fill_color")
 # What reading a file that is no checkpoint, or a failed download, may raise.
 NOT_TENSORS = (RuntimeError, ValueError, OSError, EOFError, LookupError, AttributeError, StopIteration)
@@ -71,13 +77,17 @@ def note(line: str) -> None:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A file, or the one that open_clip reads in a directory.
+    """A file, or the one that open_clip reads in a directory, or a model of transformers.
 
     Its configuration is in the directory; of a file it is what its metadata says, else what lies beside it, or in
     the model/ of the run whose weights/ or experts/ hold it.
     """
+    if path.is_dir() and not (path / CONFIG_FILE).exists() and model_type(path):
+        return open_transformers(str(path), *shards(path))
     file = weights_file(path) if path.is_dir() else path
     stored = read_tensors(file)
+    if THEIRS in Checkpoint(str(path), stored):
+        return open_transformers(str(path), stored, file)
     places = [
         file.parent,
         *([file.parent.parent / "model"] if file.parent.name in ("weights", "experts") else []),
@@ -89,6 +99,54 @@ def open_checkpoint(path: Path) -> Checkpoint:
     elif folder:
         config = parse_config((folder / CONFIG_FILE).read_text("utf-8", "replace"), str(folder / CONFIG_FILE))
     return Checkpoint(str(path), stored, config, file, folder or file.parent)
+
+
+def open_transformers(
+    label: str, stored: Mapping[str, Tensor], file: Path, repository: str | None = None
+) -> Checkpoint:
+    """A model of transformers, under open_clip's names.
+
+    stored: its tensors; file: theirs, or the list of their files; repository: where it is on the hub.
+    """
+    config = transformers_config(file.parent, label, repository)
+    table = TABLES[model_type(file.parent)]
+    return Checkpoint(
+        label, Renamed(Checkpoint(label, stored), table, "open_clip"), config, file, file.parent
+    )
+
+
+def transformers_config(folder: Path, label: str, repository: str | None = None) -> dict:
+    """The content of open_clip_config.json for a model of transformers."""
+    if model_type(folder) is None:
+        where = f"expected its {CONFIG} in {folder}"
+        raise UserError(f"model {label}: its tensors have the names of transformers; {where}")
+    config, remarks = open_clip_config(folder, repository)
+    for remark in remarks:
+        note(f"model {label}: {remark}")
+    return config
+
+
+def shards(folder: Path) -> tuple[Mapping[str, Tensor], Path]:
+    """The tensors of a model that transformers wrote, in one file or in several, and that file or their index."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return read_tensors(folder / name), folder / name
+        if index.exists():
+            return ChainMap(*(read_tensors(folder / part) for part in files_of(index))), index
+    wanted = "model.safetensors or pytorch_model.bin, or the index of their parts"
+    raise UserError(f"model {folder}: no file of weights in this directory, expected {wanted}")
+
+
+def files_of(index: Path) -> list[str]:
+    """The names of the files that an index lists."""
+    try:
+        names = sorted({*map(str, json.loads(index.read_text("utf-8", "replace"))["weight_map"].values())})
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{index}: expected weight_map, the file of each tensor") from None
+    if odd := next((name for name in names if Path(name).name != name), None):
+        raise UserError(f"{index}: got {odd!r}, accepted: names of files beside it")
+    return names
 
 
 def weights_file(directory: Path) -> Path:
@@ -157,15 +215,26 @@ def read_torch_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except NOT_TENSORS as error:  # torch's own words end in the advice to load what was refused
         if "TorchScript" in str(error):
-            problem = (
-                "a TorchScript archive, which is a program; OpenAI's models are ViT-B-32/openai and the like"
-            )
-        elif refused := re.search(r"GLOBAL (\w\S*)", str(error)):
+            return tensors_of_program(path)
+        if refused := re.search(r"GLOBAL (\w\S*)", str(error)):
             remedy = "save the tensors alone, with torch.save(model.state_dict(), FILE)"
             problem = f"not a file of tensors alone, it holds {refused[1]}, which may run code: {remedy}"
         else:
             problem = "not a file of tensors that torch.save or safetensors wrote, or cut short"
         raise UserError(f"{path}: {problem}") from None
+
+
+def tensors_of_program(path: Path) -> dict[str, Tensor]:
+    """Of a TorchScript archive, which is never run."""
+    try:
+        tensors = read_torchscript(path)
+    except (*NOT_TENSORS, zipfile.BadZipFile, MemoryError) as error:
+        problem = f"a TorchScript archive whose tensors cannot be read without running it: {one_line(error)}"
+        raise UserError(f"{path}: {problem}; save them with torch.save(model.state_dict(), FILE)") from None
+    if not tensors:
+        raise UserError(f"{path}: a TorchScript archive without tensors")
+    note(f"{path}: a TorchScript archive, of which the tensors are read; its program is not run")
+    return tensors
 
 
 def write_checkpoint(tensors: Mapping[str, Tensor], path: Path, config: dict | None) -> None:

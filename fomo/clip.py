@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from fomo.architectures import (
     HUB,
+    at_size,
     build,
     config_of,
+    configuration,
+    hub_checkpoint,
     load_weights,
     locate,
     needs_transformers,
-    square,
-    tag_config,
     tokenizer_of,
 )
 from fomo.checkpoint_files import CONFIG_FILE, NOT_TENSORS, WEIGHTS_FILE, open_checkpoint, write_checkpoint
@@ -159,38 +160,38 @@ def contrastive_loss(features: Features, text_ids: Tensor | None = None) -> Tens
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
-def load(name: str | None, pretrained: str | None) -> Clip:
-    """Load a model by open_clip's name and tag, a checkpoint file, or a directory that open_clip or we wrote.
+def load(name: str | None, pretrained: str | None, image_size: int | None = None) -> Clip:
+    """Load a model by open_clip's name and tag, a checkpoint file, or a directory or repository of the hub that
+    open_clip, transformers or we wrote.
 
-    What architecture a file has: architectures.config_of.
+    What architecture a file has: architectures.config_of. image_size: side of pictures, if another than its own.
     """
     named, path = locate(name, pretrained)
-    if path is None:
-        return download(named)
-    checkpoint = open_checkpoint(path)
-    clip = assemble(config_of(named, checkpoint), checkpoint.folder, f"model {path}")
-    load_weights(clip.model, checkpoint)
+    checkpoint = open_checkpoint(path) if path else hub_checkpoint(named)
+    if checkpoint is None:
+        return download(named, image_size)
+    label = f"model {checkpoint.label}"
+    config = at_size(config_of(named if path else None, checkpoint), image_size, label)
+    clip = assemble(config, checkpoint.folder, label)
+    load_weights(clip.model, checkpoint, resized=image_size is not None)
     return clip
 
 
-def download(name: str) -> Clip:
-    """open_clip's NAME/TAG, or hf-hub:..."""
-    hub = name.startswith(HUB)
-    base, _, tag = (name, "", "") if hub else name.partition("/")
+def download(name: str, image_size: int | None) -> Clip:
+    """open_clip's NAME/TAG, or hf-hub:... of open_clip."""
+    label, config = f"model {name}", configuration(name, None, image_size)
+    base, _, tag = (name, "", "") if name.startswith(HUB) else name.partition("/")
+    tokenizer = tokenizer_of(config, None, label)  # first: it may be what is missing
+    how = {"force_quick_gelu": bool(config["model_cfg"].get("quick_gelu")), "force_image_size": image_size}
     try:
-        config = {"model_cfg": open_clip.get_model_config(name)} if hub else tag_config(name)
-        tokenizer = open_clip.get_tokenizer(base)  # first: it may be what is missing
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # quick-gelu hints: tag_config handles them
-            quick = bool(config["model_cfg"].get("quick_gelu"))
-            model = open_clip.create_model(
-                base, pretrained=tag or None, force_quick_gelu=quick, require_pretrained=True
-            )
+            model = open_clip.create_model(base, pretrained=tag or None, require_pretrained=True, **how)
     except ImportError as error:
-        raise needs_transformers(f"model {name}", error) from None
+        raise needs_transformers(label, error) from None
     except NOT_TENSORS as error:
-        raise UserError(f"model {name}: cannot be loaded: {one_line(error)}") from None
-    return finish(model, square(config, f"model {name}"), tokenizer)
+        raise UserError(f"{label}: cannot be loaded: {one_line(error)}") from None
+    return finish(model, config, tokenizer)
 
 
 def new(config: dict, seed: int) -> Clip:

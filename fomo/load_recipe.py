@@ -6,7 +6,6 @@ A mistake is one line that names the layer it is in and the field.
 import dataclasses
 import os
 from collections.abc import Sequence
-from functools import reduce
 from pathlib import Path
 
 from fomo.errors import FieldError, UserError
@@ -34,6 +33,7 @@ def load(
     *,
     scale: str | None = None,
     model: str | None = None,
+    image_size: int | None = None,
     data: str | None = None,
     seed: int | None = None,
     overrides: Sequence[str] = (),
@@ -44,7 +44,7 @@ def load(
     fitted: fields that suit the data, with `defaults` as a scale has them (datasets/infer.py).
     """
     file = read_fields(Path(path)) if path else {}
-    line = command_line(model, data, seed, overrides)
+    line = command_line(model, image_size, data, seed, overrides)
     chosen = merged(file, line)
     name = str(chosen.get("scale") or "tiny") if scale is None else scale
     scale_path = path_of(name)
@@ -55,7 +55,7 @@ def load(
     if is_another(chosen.get("model", {}), lowest.get("model", {})):
         lowest, defaults = for_another_model(lowest, defaults)
     layers = {str(scale_path): lowest, str(path): file, "command line": line}
-    values = {**reduce(merged, layers.values()), "scale": name}
+    values = {**merged(lowest, chosen), "scale": name}
     try:
         return build(Recipe, with_defaults(values, defaults))
     except FieldError as error:
@@ -158,7 +158,9 @@ def is_another(model: dict, of_scale: dict) -> bool:
     return not isinstance(found, dict) or any(found.get(key) != value for key, value in config.items())
 
 
-def command_line(model: str | None, data: str | None, seed: int | None, overrides: Sequence[str]) -> dict:
+def command_line(
+    model: str | None, image_size: int | None, data: str | None, seed: int | None, overrides: Sequence[str]
+) -> dict:
     values: dict = {}
     for override in overrides:
         set_path(values, override)
@@ -171,6 +173,8 @@ def command_line(model: str | None, data: str | None, seed: int | None, override
         section[key] = os.path.abspath(os.path.expanduser(section[key]))
     if model is not None:  # below --set model.name=NAME, which says what a file is
         values["model"] = {**split_model(model), **values.get("model", {})}
+    if image_size is not None:
+        values["model"] = {**values.get("model", {}), "image_size": image_size}
     return values
 
 
@@ -213,6 +217,8 @@ def merged(low: dict, high: dict) -> dict:
             if key == "budget" and any(name in value for name in BUDGETS):
                 below = {k: v for k, v in below.items() if k not in BUDGETS}
             value = merged(below, value)
+        elif key == "model" and isinstance(below, dict) and not is_named(key, below):
+            value = {**{k: v for k, v in below.items() if k == "image_size"}, **value}  # said of any model
         out[key] = value
     return out
 

@@ -38,8 +38,8 @@ REMEDY = "restore it from the repository, or make it again with `fomo.py pretrai
 def starting_model(model: Model, device: torch.device) -> Clip:
     """The model of a recipe; a scale's own model is unpacked, or pretrained, on first use."""
     if model.name or model.pretrained:
-        return load(model.name, model.pretrained)
-    return load(None, str(own_model(model, device)))
+        return load(model.name, model.pretrained, model.image_size)
+    return load(None, str(own_model(model, device)), model.image_size)
 
 
 def own_model(model: Model, device: torch.device) -> Path:

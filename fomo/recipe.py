@@ -36,9 +36,12 @@ class Model:
     """Either `name` and/or `pretrained` (see clip.load), or `config` and `pretraining` for a model of our own."""
 
     name: str | None = None  # open_clip's name, "hf-hub:...", "local-dir:..."
-    pretrained: str | None = None  # open_clip's tag, a checkpoint file, or a local model directory
+    pretrained: str | None = (
+        None  # open_clip's tag, a checkpoint file, or a local directory (transformers', too)
+    )
     config: dict | None = None  # open_clip's model_cfg
     pretraining: Pretraining | None = None
+    image_size: Count | None = None  # side of the pictures that a ViT sees, if another than its own
 
     def __post_init__(self):
         named = self.name is not None or self.pretrained is not None

@@ -198,7 +198,7 @@ def test_models_of_pictures_that_are_not_square_are_refused(tmp_path):
 
 
 def test_what_is_no_file_of_tensors_is_told_in_our_words(tmp_path):
-    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "script.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Identity()), tmp_path / "script.pt")
     torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pt")
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     torch.save({"epoch": 3}, tmp_path / "none.pt")

@@ -9,7 +9,9 @@ import re
 import shutil
 import struct
 import tarfile
+import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from small_runs import class_folders, invoke, picture, recipe_of, run, weights_of
 
+from fomo import torchscript
+from fomo.checkpoint_files import open_checkpoint
 from fomo.clip import load as load_model
 from fomo.datasets.cache import decode
 from fomo.datasets.datafile import read
@@ -53,11 +57,145 @@ def trap(name: str, ran: Path) -> bytes:
     file = io.BytesIO()
     if name == "zip.pt":
         torch.save({"state_dict": Touch(ran)}, file)
+    elif name == "script.pt":
+        return archive_of(pickle.dumps(Touch(ran)))
     elif name == "legacy.pth":
         torch.save({"state_dict": Touch(ran)}, file, _use_new_zipfile_serialization=False)
     else:
         pickle.dump({"w": Touch(ran)}, file)
     return file.getvalue()
+
+
+def archive_of(pickled: bytes, compression: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
+    """A TorchScript archive with this tree of modules."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in {"data.pkl": pickled, "constants.pkl": b"", "code/x.py": b"", **records}.items():
+            archive.writestr(f"a/{name}", content)
+        archive.writestr("a/version", "3")
+    return file.getvalue()
+
+
+class Named:
+    """Pickled as an object of a class of the archive's program, with these attributes."""
+
+    def __init__(self, **attributes):
+        self.__dict__ = attributes
+
+
+class Tensors(pickle.Pickler):
+    """As torch pickles: a storage by its name."""
+
+    def persistent_id(self, value):
+        return value if isinstance(value, tuple) and value[:1] == ("storage",) else None
+
+    def reducer_override(self, value):
+        if isinstance(value, Stride):
+            rebuilt = (("storage", torch.FloatStorage, "0", "cpu", 2), value.offset, value.size, value.stride)
+            return torch._utils._rebuild_tensor_v2, (*rebuilt, False, {})
+        return NotImplemented
+
+
+@dataclass
+class Stride:
+    """A tensor of storage 0, which has two numbers."""
+
+    offset: int
+    size: tuple
+    stride: tuple
+
+
+def tree(**attributes) -> bytes:
+    file = io.BytesIO()
+    Tensors(file, 2).dump(Named(**attributes))
+    return file.getvalue()
+
+
+TWO = {"data/0": b"\0\0\x80?\0\0\0@"}  # 1, 2
+
+
+def test_an_honest_archive_is_read(tmp_path):
+    (tmp_path / "a.pt").write_bytes(
+        archive_of(tree(w=Stride(1, (1,), (1,)), inner=Named(b=Stride(0, (2,), (1,)))), **TWO)
+    )
+    found = {name: tensor.tolist() for name, tensor in open_checkpoint(tmp_path / "a.pt").items()}
+    assert found == {"w": [2.0], "inner.b": [1.0, 2.0]}
+
+
+def endless(levels: int) -> Named:
+    """2 ** levels modules, of which so many are stored."""
+    module = Named(w=Stride(0, (2,), (1,)))
+    for _ in range(levels):
+        module = Named(a=module, b=module)
+    return module
+
+
+def circle() -> Named:
+    module = Named()
+    module.inner = module
+    return module
+
+
+OUTSIDE = {
+    "beyond its storage": (tree(w=Stride(0, (3,), (1,))), {}, TWO),
+    "before its storage": (tree(w=Stride(-1, (2,), (1,))), {}, TWO),
+    "with a stride out of it": (tree(w=Stride(0, (2, 2), (2, 1))), {}, TWO),
+    "endless modules": (tree(m=endless(60)), {}, TWO),
+    "a circle of modules": (tree(m=circle()), {}, TWO),
+    "a bomb": (tree(w=Stride(0, (2,), (1,))), {"compression": zipfile.ZIP_DEFLATED}, {"data/0": bytes(10**7)}),
+    "no module": (pickle.dumps([1]), {}, {}),
+    "an attribute of a stand-in": (b"\x80\x02c__torch__ M\n}X\x01\x00\x00\x00aK\x01sb.", {}, {}),
+    "cut": (tree(w=Stride(0, (2,), (1,)))[:-5], {}, TWO),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_an_archive_that_reaches_outside_or_goes_on_for_ever_is_one_line(case, tmp_path):
+    pickled, how, records = OUTSIDE[case]
+    (tmp_path / "a.pt").write_bytes(archive_of(pickled, **how, **records))
+    before = {name: vars(torchscript)[name].__dict__.copy() for name in ("Anything", "Stored")}
+    with pytest.raises(UserError) as caught:
+        open_checkpoint(tmp_path / "a.pt")
+    assert "a.pt: " in str(caught.value) and len(str(caught.value)) < 400
+    assert before == {name: vars(torchscript)[name].__dict__.copy() for name in before}
+
+
+def test_a_tensor_that_repeats_one_number_is_no_larger_than_its_storage(tmp_path):
+    (tmp_path / "a.pt").write_bytes(archive_of(tree(w=Stride(0, (10**12,), (0,))), **TWO))
+    assert open_checkpoint(tmp_path / "a.pt")["w"].shape == (10**12,)
+    with pytest.raises(UserError, match="fits no architecture"):
+        load_model(None, str(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("where", ["open_clip", "transformers"])
+def test_a_tokenizer_that_brings_a_program_is_not_run(where, tmp_path):
+    """Even where the configuration says that it may be trusted."""
+    transformers = pytest.importorskip("transformers")
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    model.mkdir()
+    (model / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    said = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (model / "tokenizer_config.json").write_text(json.dumps(said))
+    text = {"width": 16, "heads": 2, "layers": 1, "hf_tokenizer_name": "x/y",
+            "tokenizer_kwargs": {"trust_remote_code": True}}  # fmt: skip
+    vision = {"image_size": 32, "patch_size": 16, "width": 16, "head_width": 8, "layers": 1}
+    config = {"model_cfg": {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}}
+    file = "open_clip_config.json"
+    if where == "transformers":
+        file, config = "config.json", {"model_type": "clip", "auto_map": {"AutoModel": "evil.Evil"}}
+    (model / file).write_text(json.dumps(config))
+    save_file({"w": torch.zeros(2)}, model / "model.safetensors")
+    data = tmp_path / "data.yaml"
+    data.write_text("adaptation:\n  icons: {source: world, domain: icons, train: 6, test: 4}\n")
+    for command in (("eval",), ("update", "--dry-run"), ("update", "--out", tmp_path / "run")):
+        done = invoke(*command, "--model", model, "--data", data)
+        assert done.exit_code == 2 and not ran.exists(), done.output
+    with pytest.raises(UserError):
+        load_model(None, str(model))
+    assert not ran.exists()
+    with pytest.raises(Exception, match="Evil"):  # the trap works: its class has nothing that a tokenizer has
+        transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=True)
+    assert ran.exists()
 
 
 def test_the_trap_works(tmp_path):
@@ -66,7 +204,7 @@ def test_the_trap_works(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("name", ["zip.pt", "legacy.pth", "bare.bin", "posing.safetensors"])
+@pytest.mark.parametrize("name", ["zip.pt", "legacy.pth", "bare.bin", "posing.safetensors", "script.pt"])
 def test_a_pickle_that_would_run_code_is_refused_wherever_a_checkpoint_may_stand(tmp_path, small_scale, name):
     ran, path, model = tmp_path / "ran", tmp_path / name, tmp_path / "model"
     path.write_bytes(trap(name, ran))

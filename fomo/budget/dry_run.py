@@ -24,7 +24,7 @@ def dry_run(recipe: Recipe, device: str) -> str:
     """Needs the data file and the model's architecture; no weights are fetched; of pictures only the headers."""
     model = recipe.model
     if model.name or model.pretrained:  # there are weights, and those of a file fit
-        configuration(model.name, model.pretrained)
+        configuration(model.name, model.pretrained, model.image_size)
     place = pick_device(device, recipe.threads)
     data = datafile.read(recipe.data)
     opened = opened_and_said(data)

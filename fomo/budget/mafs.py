@@ -19,7 +19,7 @@ from typing import Literal
 import open_clip
 import torch
 
-from fomo.architectures import configuration
+from fomo.architectures import at_size, configuration
 from fomo.atomic import cache_root, make
 from fomo.budget.flops_memory import VERSION, Counted, Training, count, measure
 from fomo.datasets.mixture import sub_batches
@@ -118,8 +118,10 @@ def training_of(recipe: Recipe) -> Training:
 def architecture(model: Model) -> dict:
     """open_clip's model_cfg of a recipe's model; what a name costs is known without weights."""
     if model.name in open_clip.list_models() and not model.pretrained:
-        return open_clip.get_model_config(model.name)
-    return model.config or configuration(model.name, model.pretrained)["model_cfg"]
+        config = open_clip.get_model_config(model.name)
+    else:
+        config = model.config or configuration(model.name, model.pretrained)["model_cfg"]
+    return at_size({"model_cfg": config}, model.image_size, f"model {model.name or ''}")["model_cfg"]
 
 
 def counted_once(training: Training) -> Counted:
@@ -217,7 +219,8 @@ def make_table(
         updates=list(dict.fromkeys(counts)),
         rows={name: work for name, work in with_peaks(works, peaks).items() if name in names},
         measured=on_device,
-        paper=finetuning.model.name == "ViT-B-16" and finetuning.optimizer.batch_size == 512,
+        paper=(finetuning.model.name, finetuning.model.image_size, finetuning.optimizer.batch_size)
+        == ("ViT-B-16", None, 512),
     )
 
 

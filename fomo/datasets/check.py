@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import open_clip
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from PIL import Image, ImageDraw
 
-from fomo.architectures import HUB, configuration
+from fomo.architectures import configuration
 from fomo.atomic import write_atomically
 from fomo.budget.mafs import architecture
 from fomo.datasets.arrays import in_chunks
@@ -255,6 +254,4 @@ def preprocess_of(model: Model) -> PreprocessCfg:
     if not (model.name or model.pretrained):
         return PreprocessCfg()
     stored = configuration(model.name, model.pretrained).get("preprocess_cfg", {})
-    if (model.name or "").startswith(HUB):
-        stored = open_clip.factory._get_hf_config(model.name.removeprefix(HUB)).get("preprocess_cfg", {})
     return PreprocessCfg(**merge_preprocess_dict(PreprocessCfg(), stored))

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import open_clip
 
-from fomo.architectures import NOT_TENSORS
+from fomo.architectures import LOCAL, tokenizer_of
 from fomo.budget.flops_memory import parameter_count
 from fomo.budget.mafs import architecture
 from fomo.datasets.datafile import DataFile, Entry
 from fomo.datasets.sources.base import UNREADABLE, Source, peculiarities
 from fomo.datasets.stream import plain
+from fomo.errors import UserError
 from fomo.recipe import Model
 from fomo.text import plural, shortened
 
@@ -50,18 +51,10 @@ class Reader:
 def reader_of(model: Model) -> Reader:
     """Of a recipe's model. No weights are read; what the hub has may be fetched."""
     config = architecture(model)
-    text = config["text_cfg"]
-    context = text.get("context_length", 77)
-    folder = model.name is None and model.pretrained and Path(model.pretrained).is_dir()
-    name = f"local-dir:{model.pretrained}" if folder else model.name
+    place = Path((model.name or "").removeprefix(LOCAL) or model.pretrained or "")
     try:
-        if name:
-            tokenizer = open_clip.get_tokenizer(name)
-        elif "hf_tokenizer_name" in text:
-            tokenizer = open_clip.HFTokenizer(text["hf_tokenizer_name"], context_length=context)
-        else:
-            tokenizer = open_clip.SimpleTokenizer(context_length=context)
-    except (*NOT_TENSORS, ImportError):
+        tokenizer = tokenizer_of({"model_cfg": config}, place if place.is_dir() else None, "model")
+    except UserError:
         tokenizer = None
     return Reader(config, tokenizer, own=not (model.name or model.pretrained))
 
