@@ -280,8 +280,9 @@ class OurSide:
         self.precision = Precision("auto", device)
 
     def loop(self, case: Case, pool: Pool, number: int = 0) -> Turn:
-        """`train` over the batches of an update."""
-        batches = Batches([("pretraining", pool, case.batch_size)], 0, number, WARM + case.steps)
+        """`train` over the batches of an update, of which one is left: at the last, worker processes are ended."""
+        last = WARM + case.steps
+        batches = Batches([("pretraining", pool, case.batch_size)], 0, number, last + 1)
         rows = batches.rows(self.ranks.rank, self.ranks.world_size)
         loader = Timed(rows.loader(workers=case.workers, pin=self.device.type == "cuda"))
         steps = train(
@@ -301,6 +302,8 @@ class OurSide:
         for step in steps:
             if step.number + 1 == WARM:
                 lap(loader, self.device)
+            if step.number + 1 == last:
+                break
         return turn(case, loader, self.device)
 
     def resident(self, case: Case, pool: Pool, count: int) -> list[Inputs]:
@@ -361,7 +364,7 @@ def peer(case: Case, folder: Path, device: torch.device) -> Iterator[Turn]:
         loader = PeersLoader(Timed(batches), case, device)
         data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
         train_one_epoch(model, data, loss, number, optimizer, scaler, None, None, args)
-        yield turn(case, loader.timed, device)
+        yield loader.turn
 
 
 class Pairs(Dataset):
@@ -381,10 +384,13 @@ class Pairs(Dataset):
 
 
 class PeersLoader:
-    """What train_one_epoch expects of a loader; starts the clock before batch WARM is asked for."""
+    """What train_one_epoch expects of a loader. Starts the clock before batch WARM is asked for, and stops it when
+    one is asked for after the last, before worker processes are ended."""
+
+    turn: Turn
 
     def __init__(self, timed: Timed, case: Case, device: torch.device):
-        self.timed, self.device = timed, device
+        self.timed, self.case, self.device = timed, case, device
         self.num_batches, self.num_samples = WARM + case.steps, case.pictures
 
     def __iter__(self) -> Iterator[list[Tensor]]:
@@ -392,6 +398,8 @@ class PeersLoader:
             yield batch
             if number == WARM:
                 lap(self.timed, self.device)
+            if number == self.num_batches:
+                self.turn = turn(self.case, self.timed, self.device)
 
 
 def peers_optimizer(model: nn.Module) -> torch.optim.Optimizer:
