@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import life  # noqa: E402
 from data import MANY, Imagined  # noqa: E402
 
-from fomo.datasets.datafile import SOURCES  # noqa: E402
+from fomo.datasets import datafile  # noqa: E402
 from fomo.report.figures import COLOURS, new_figure, write_figure  # noqa: E402
 from fomo.report.page import write_report  # noqa: E402
 from fomo.runs.logs import read_lines  # noqa: E402
@@ -79,7 +79,8 @@ def cpu_seconds() -> float:
 
 def measured(folder: Path, said: dict) -> dict:
     """A life in this process with its report: CPU seconds of the whole and by part; bytes of peak memory."""
-    SOURCES["imagined"] = Imagined
+    datafile.SOURCES["imagined"] = Imagined
+    datafile.TYPES["source"] = str  # else it is one of those that are there by themselves
     life.live(folder, said)
     lived, began = cpu_seconds(), time.process_time()
     write_report([folder])

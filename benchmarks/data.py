@@ -69,6 +69,9 @@ class Imagined(Source):
     def caption_counts(self) -> np.ndarray:
         return np.broadcast_to(np.int64(not self.concepts), self.pictures)
 
+    def name_of(self, index: int) -> str:
+        return f"picture {index}"
+
     def key(self) -> str:
         return f"imagined {self.pictures} {self.concepts}"
 

@@ -36,14 +36,14 @@ MB = 1e6
 PARTS = ("training", "scoring", "saving")
 
 
-class Watched(fomo.update.Life):
+class Watched(fomo.update.Trainer):
     """Writes after every evaluation what the process and its folder hold, and seconds of CPU time by part."""
 
     training = scoring = saving = 0.0
 
-    def train_update(self, bar) -> None:
+    def train_update(self) -> None:
         start = time.process_time()
-        super().train_update(bar)
+        super().train_update()
         self.training += time.process_time() - start
 
     def score(self) -> tuple[dict, dict]:
@@ -52,9 +52,9 @@ class Watched(fomo.update.Life):
         self.scoring += time.process_time() - start
         return scores
 
-    def evaluate(self, bar) -> None:
+    def evaluate(self) -> None:
         start, scored = time.process_time(), self.scoring
-        super().evaluate(bar)
+        super().evaluate()
         self.saving += time.process_time() - start - (self.scoring - scored)
         seconds = {key: getattr(self, key) for key in PARTS}
         held = {"resident": status("VmRSS"), "peak": status("VmHWM"), "folder": size_of(self.run.folder)}
@@ -75,7 +75,7 @@ def size_of(folder: Path) -> int:
 
 def live(folder: Path, said: dict) -> None:
     """A life in this process, watched. said: what `recipe.load` takes."""
-    fomo.update.Life = Watched
+    fomo.update.Trainer = Watched
     fomo.update.run_recipe(load(RECIPE, **said), folder, resume=False, device="cpu")
 
 

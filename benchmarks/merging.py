@@ -17,13 +17,16 @@ from pathlib import Path
 
 import open_clip
 import torch
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fomo import weights  # noqa: E402
 from fomo.atomic import OnDisk, write_tensors  # noqa: E402
+from fomo.devices import peak_memory  # noqa: E402
 
+CPU = torch.device("cpu")
 CASES = {
     "interpolate, 2 in memory": {"rule": "interpolate", "keep": 0.5},
     "interpolate": {"rule": "interpolate"},
@@ -32,12 +35,11 @@ CASES = {
 }
 
 
-def peak() -> int:
-    """Bytes this process has held at most, from Linux: ru_maxrss would include the parent's."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no VmHWM in /proc/self/status")
+def held_at_most(device: torch.device) -> int:
+    """Bytes so far, once the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return peak_memory(device)
 
 
 def naive_ties(files: list[OnDisk], base: OnDisk) -> dict:
@@ -54,24 +56,26 @@ def naive_ties(files: list[OnDisk], base: OnDisk) -> dict:
     return dict(zip(names, merged.split([base[n].numel() for n in names]), strict=True))
 
 
-def run(case: str, folder: Path, experts: int) -> dict:
-    """One case in this process."""
+def run(case: str, folder: Path, experts: int, device: torch.device = CPU) -> dict:
+    """One case in this process. Rules compute where the newest model is; on CUDA the memory is the device's."""
     files = [OnDisk(folder / f"{i}.safetensors") for i in range(experts)]
     base, spec = OnDisk(folder / "base.safetensors"), CASES[case]
     if "in memory" in case:
-        files = [{n: f[n] for n in f} for f in files[:2]]
-    before, began = peak(), time.perf_counter()
+        files = [{n: f[n].to(device) for n in f} for f in files[:2]]
+    elif device.type == "cuda":
+        files[-1] = {n: t.to(device) for n, t in files[-1].items()}
+    before, began = held_at_most(device), time.perf_counter()
     if spec is None:
         naive_ties(files, base)
     else:
         rule = weights.build_rule(spec)
         dict(weights.merge(rule, files, base if rule.needs_base else None))
-    return {"case": case, "seconds": time.perf_counter() - began, "above": peak() - before}
+    above = held_at_most(device) - before
+    return {"case": case, "seconds": time.perf_counter() - began, "above": above}
 
 
-def prepare(folder: Path, experts: int) -> int:
+def prepare(folder: Path, experts: int, model: nn.Module) -> int:
     """Write the base and the experts; -> the size of one in bytes."""
-    model = open_clip.create_model("ViT-B-16")
     base = {n: t.detach() for n, t in model.state_dict().items()}
     write_tensors(base, folder / "base.safetensors")
     for i in range(experts):
@@ -95,7 +99,7 @@ def main() -> None:
         print(json.dumps(run(options.case, Path(options.folder), options.experts)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        size = prepare(Path(folder), options.experts)
+        size = prepare(Path(folder), options.experts, open_clip.create_model("ViT-B-16"))
         print(f"{options.experts} experts of {size / 1e6:.0f} MB, {options.threads} threads")
         for case in CASES:
             command = [sys.executable, __file__, "--case", case, "--folder", folder]

@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -32,14 +32,14 @@ import torch
 from open_clip.transform import AugmentationCfg, image_transform
 from open_clip_train.train import train_one_epoch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fomo.clip import Clip, new  # noqa: E402
+from fomo.clip import Clip, contrastive_loss, encode, new  # noqa: E402
 from fomo.datasets import datafile  # noqa: E402
-from fomo.datasets.mixture import Batches, pool_of  # noqa: E402
+from fomo.datasets.mixture import Batches, Pool, pool_of  # noqa: E402
 from fomo.datasets.samples import Collection, Samples  # noqa: E402
 from fomo.datasets.sources.base import Source  # noqa: E402
 from fomo.datasets.sources.tables import Table  # noqa: E402
@@ -53,10 +53,11 @@ from fomo.distributed import ALONE, Ranks  # noqa: E402
 from fomo.errors import Failure, UserError  # noqa: E402
 from fomo.load_recipe import load  # noqa: E402
 from fomo.methods import Method  # noqa: E402
+from fomo.methods.base import Inputs  # noqa: E402
 from fomo.progress import Progress  # noqa: E402
 from fomo.recipe import Optimizer  # noqa: E402
 from fomo.runs.step_log import Timed  # noqa: E402
-from fomo.train import train  # noqa: E402
+from fomo.train import compiled, on_device, train  # noqa: E402
 
 MODELS = ("tiny", "ViT-B-32")
 WARM = 1  # steps of a turn before the clock starts
@@ -75,6 +76,8 @@ class Case:
     device: str
     threads: int | None  # of torch, on the CPU; null: its default
     workers: int  # processes that make batches
+    compile: bool = False  # our side
+    accumulate: int = 1  # parts of a batch, our side
 
     @property
     def pictures(self) -> int:
@@ -133,16 +136,21 @@ def write_pictures(case: Case, data: str | None, folder: Path) -> None:
     sources = [rendered] if data is None else datafile.read(data).pool()
     if not sources:
         raise UserError(f"{data}: pretraining: no pool to take pictures from")
-    choice = np.random.default_rng(0)
-    with open(folder / TABLE, "w", encoding="utf-8", newline="") as file:
+    choice, captions = np.random.default_rng(0), []
+    for number in range(case.pictures):
+        source = sources[number % len(sources)]
+        index = int(choice.integers(len(source)))
+        captions.append(" ".join(Samples.describe(source, index)[0].split()))
+        source.image(index).convert("RGB").save(folder / f"{number}.jpg", quality=95)
+    write_table(folder / TABLE, captions)
+
+
+def write_table(path: Path, captions: list[str]) -> None:
+    """Of the pictures 0.jpg, 1.jpg, ... beside it."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, delimiter="\t")
         table.writerow(["filepath", "title"])
-        for number in range(case.pictures):
-            source = sources[number % len(sources)]
-            index = int(choice.integers(len(source)))
-            caption = " ".join(Samples.describe(source, index)[0].split())
-            source.image(index).convert("RGB").save(folder / f"{number}.jpg", quality=95)
-            table.writerow([f"{number}.jpg", caption])
+        table.writerows([f"{number}.jpg", caption] for number, caption in enumerate(captions))
 
 
 def compare(case: Case, folder: Path, turns: int) -> list[dict]:
@@ -245,38 +253,79 @@ class Untrimmed(Clip):
         return list(self.tokenizer(texts).to(torch.int32).numpy())
 
 
-def pictures_of(folder: Path) -> Source:
-    return Table(str(folder / TABLE), separator="\t")
+def pictures_of(folder: Path, table: str = TABLE) -> Source:
+    return Table(str(folder / table), separator="\t")
 
 
 def turns_of(
     case: Case, clip: Clip, source: Source, device: torch.device, ranks: Ranks = ALONE
 ) -> Iterator[Turn]:
     """Turns of our training; with several ranks each takes its rows of the same batches."""
-    clip.model.to(device)
-    samples = Collection([Samples(source, clip, clip.image_size, "pictures")])
-    draws = [("pretraining", pool_of(samples, (0,)), case.batch_size)]
-    optimizer = Method().optimizer(list(clip.model.parameters()), SETTINGS)
-    precision = Precision("auto", device)
+    side, pool = OurSide(clip, device, ranks), pool_from(source, clip)
     for number in count():
-        batches = Batches(draws, 0, number, WARM + case.steps).rows(ranks.rank, ranks.world_size)
-        loader = Timed(batches.loader(workers=case.workers, pin=device.type == "cuda"))
+        yield side.loop(case, pool, number)
+
+
+def pool_from(source: Source, clip: Clip) -> Pool:
+    """All its pictures, from the pixel cache."""
+    return pool_of(Collection([Samples(source, clip, clip.image_size, "pictures")]), (0,))
+
+
+class OurSide:
+    """A model and its optimizer: through our loop, or only the arithmetic of its steps."""
+
+    def __init__(self, clip: Clip, device: torch.device, ranks: Ranks = ALONE):
+        self.clip, self.device, self.ranks = clip, device, ranks
+        self.optimizer = Method().optimizer(list(clip.model.to(device).parameters()), SETTINGS)
+        self.precision = Precision("auto", device)
+
+    def loop(self, case: Case, pool: Pool, number: int = 0) -> Turn:
+        """`train` over the batches of an update, of which one is left: at the last, worker processes are ended."""
+        last = WARM + case.steps
+        batches = Batches([("pretraining", pool, case.batch_size)], 0, number, last + 1)
+        rows = batches.rows(self.ranks.rank, self.ranks.world_size)
+        loader = Timed(rows.loader(workers=case.workers, pin=self.device.type == "cuda"))
         steps = train(
-            clip,
+            self.clip,
             Method(),
-            optimizer,
+            self.optimizer,
             loader,
             lambda step: SETTINGS.lr,
-            device=device,
-            precision=precision,
+            device=self.device,
+            precision=self.precision,
             clip_norm=SETTINGS.clip_norm,
             max_scale=100.0,
-            ranks=ranks,
+            accumulate=case.accumulate,
+            compile=case.compile,
+            ranks=self.ranks,
         )
         for step in steps:
             if step.number + 1 == WARM:
-                lap(loader, device)
-        yield turn(case, loader, device)
+                lap(loader, self.device)
+            if step.number + 1 == last:
+                break
+        return turn(case, loader, self.device)
+
+    def resident(self, case: Case, pool: Pool, count: int) -> list[Inputs]:
+        """So many batches, on the device and cropped."""
+        batches = Batches([("pretraining", pool, case.batch_size)], 0, 0, count)
+        return list(on_device(batches.loader(), self.clip, self.device))
+
+    def bare(self, case: Case, resident: Sequence[Inputs]) -> Turn:
+        """Forward, backward, clipping and AdamW on batches that are there already, in turn."""
+        clock, model = Timed([]), self.clip.model.train()
+        encoder = compiled() if case.compile else encode
+        for number in range(WARM + case.steps):
+            inputs = resident[number % len(resident)]
+            if number == WARM:
+                lap(clock, self.device)
+            with self.precision.autocast():
+                features = encoder(model, inputs.images, inputs.tokens)
+            contrastive_loss(features).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return turn(case, clock, self.device)
 
 
 def peer(case: Case, folder: Path, device: torch.device) -> Iterator[Turn]:
@@ -307,7 +356,7 @@ def peer(case: Case, folder: Path, device: torch.device) -> Iterator[Turn]:
         batches = DataLoader(
             pairs,
             case.batch_size,
-            shuffle=True,
+            sampler=RandomSampler(pairs, num_samples=case.pictures),
             drop_last=True,
             num_workers=case.workers,
             pin_memory=device.type == "cuda",
@@ -315,7 +364,7 @@ def peer(case: Case, folder: Path, device: torch.device) -> Iterator[Turn]:
         loader = PeersLoader(Timed(batches), case, device)
         data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
         train_one_epoch(model, data, loss, number, optimizer, scaler, None, None, args)
-        yield turn(case, loader.timed, device)
+        yield loader.turn
 
 
 class Pairs(Dataset):
@@ -335,10 +384,13 @@ class Pairs(Dataset):
 
 
 class PeersLoader:
-    """What train_one_epoch expects of a loader; starts the clock before batch WARM is asked for."""
+    """What train_one_epoch expects of a loader. Starts the clock before batch WARM is asked for, and stops it when
+    one is asked for after the last, before worker processes are ended."""
+
+    turn: Turn
 
     def __init__(self, timed: Timed, case: Case, device: torch.device):
-        self.timed, self.device = timed, device
+        self.timed, self.case, self.device = timed, case, device
         self.num_batches, self.num_samples = WARM + case.steps, case.pictures
 
     def __iter__(self) -> Iterator[list[Tensor]]:
@@ -346,6 +398,8 @@ class PeersLoader:
             yield batch
             if number == WARM:
                 lap(self.timed, self.device)
+            if number == self.num_batches:
+                self.turn = turn(self.case, self.timed, self.device)
 
 
 def peers_optimizer(model: nn.Module) -> torch.optim.Optimizer:

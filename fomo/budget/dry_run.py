@@ -87,9 +87,11 @@ def training_lines(recipe: Recipe, work: Work, updates: int, scored: int, rate: 
     ]
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype | None, turns: int = 5) -> float:
-    """The best FLOP/s of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 1536
+def matrix_rate(
+    device: torch.device, dtype: torch.dtype | None, turns: int = 5, side: int | None = None
+) -> float:
+    """The best FLOP/s of a large matrix product, of square matrices of that side."""
+    n = side or (8192 if device.type == "cuda" else 1536)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype or torch.float32)
     rates = []
     for _ in range(turns):
