@@ -150,7 +150,6 @@ OUT = {
     "ViT-B-32-quickgelu": shallow("ViT-B-32-quickgelu"),
     "ViT-B-16": shallow("ViT-B-16"),
     "ViT-L-14-336-quickgelu": shallow("ViT-L-14-336-quickgelu", 1),
-    "ViT-bigG-14": shallow("ViT-bigG-14", 1),  # whose MLP and heads have odd widths
 }
 
 
