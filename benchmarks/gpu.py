@@ -42,9 +42,9 @@ sys.path.insert(0, str(ROOT))
 import life  # noqa: E402
 import merging  # noqa: E402
 from evaluation import Noise  # noqa: E402
-from gpu_table import tables, told  # noqa: E402
+from gpu_table import on_one_line, tables  # noqa: E402
 from gpu_training import LONG, Plan, config_of, train_both  # noqa: E402
-from parts import ENDED, Report, in_process  # noqa: E402
+from parts import Report, in_process  # noqa: E402
 from speed import TABLE, pictures_of, pool_from, write_table  # noqa: E402
 
 from fomo.atomic import write_atomically  # noqa: E402
@@ -215,7 +215,7 @@ class Part(NamedTuple):
 
 def parts_of(plan: Plan) -> list[Part]:
     """What a part leaves goes to those after it: the largest model and the slowest merge come last."""
-    *models, largest = (Part(name, 120, partial(training, name)) for name in plan.models)
+    *models, largest = (Part(name, 130, partial(training, name)) for name in plan.models)
     devices = dict.fromkeys([plan.device, "cpu"])
     *merges, slowest = (
         Part(f"merge, {case}, {kind}", share, partial(merge, case, kind))
@@ -223,8 +223,8 @@ def parts_of(plan: Plan) -> list[Part]:
         for kind in devices
     )
     return [
-        Part("machine", 12, machine),
-        Part("pictures", 15, pictures),
+        Part("machine", 30, machine),
+        Part("pictures", 30, pictures),
         *models,
         Part("resume", 25, resume),
         Part("checkpoints", 15, checkpoints),
@@ -243,25 +243,30 @@ def measure(plan: Plan, ends: float, file: Path | None, found: dict) -> None:
         own = found.setdefault(part.name, {})
         for key, value in in_process(part.run, max(seconds, 1.0), plan, found):
             own[key] = value
-            line = f"{time.monotonic() - BEGAN:4.0f} s  {part.name}: {key}: {told(value)}"
+            line = f"{time.monotonic() - BEGAN:4.0f} s  {part.name}: {key}: {on_one_line(value)}"
             print(line, file=sys.stderr, flush=True)
-            if file:
-                write_atomically(file, json.dumps(found, indent=1).encode())
+            write(found, file)
         own["seconds"] = time.monotonic() - began
-        if part.run is machine and ENDED in own:
-            return  # without a device nothing else can be measured
+        write(found, file)
+        if part.run is machine and "device" not in own:
+            return  # without one nothing else can be measured
+
+
+def write(found: dict, file: Path | None) -> None:
+    if file:
+        write_atomically(file, json.dumps(found, indent=1).encode())
 
 
 def main(plan: Plan, minutes: float, file: Path | None) -> int:
-    """-> exit status: 1 if a part failed; one that is cut off is told, no more."""
+    """-> exit status: 1 if anything failed; what is cut off is told, no more."""
     found: dict[str, dict] = {}
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         measure(plan, BEGAN + 60 * minutes, file, found)
     finally:  # also of a run that is stopped
         print(tables(found))
-    ends = {name: own[ENDED] for name, own in found.items() if ENDED in own}
-    return int(any(end.startswith("failed") for end in ends.values()))
+    told = [(key, str(value)) for own in found.values() for key, value in own.items()]
+    return int(any(key.endswith("failed") or value.startswith("failed") for key, value in told))
 
 
 if __name__ == "__main__":
@@ -275,6 +280,8 @@ if __name__ == "__main__":
     said = parser.parse_args()
     if said.device == "cpu" and not said.small:
         parser.error("--device cpu: only with --small")
+    if said.json and not said.json.parent.is_dir():
+        parser.error(f"--json {said.json}: there is no folder {said.json.parent}")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         os.environ["FOMO_CACHE"] = f"{scratch}/cache"
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{scratch}/compiled"  # else the second run would not compile

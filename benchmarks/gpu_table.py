@@ -6,13 +6,12 @@ GIB, T = 2**30, 1e12
 DASH = "-"
 
 
-def told(value: object) -> str:
-    """On one line."""
+def on_one_line(value: object) -> str:
     if isinstance(value, dict) and "median" in value:
         waits = f", waits {value['waits']:.1%}" if "waits" in value else ""
         return with_spread(value, ".4g") + waits
     if isinstance(value, dict):
-        return "; ".join(f"{key} {told(own)}" for key, own in value.items())
+        return "; ".join(f"{key} {on_one_line(own)}" for key, own in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if type(value) is int else str(value)

@@ -52,15 +52,15 @@ def in_process(part: Callable[..., None], seconds: float, *arguments: object) ->
     there.close()
     try:
         yield from received(here, process)
-        process.join()
-        if process.exitcode == -signal.SIGALRM:
-            yield ENDED, f"cut off after its share of {time.monotonic() - began:.0f} s"
-        elif process.exitcode < 0:
-            yield ENDED, f"failed: killed by signal {-process.exitcode}"
+        process.join(5)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with its worker processes
         process.join()
+    if process.exitcode == -signal.SIGALRM:
+        yield ENDED, f"cut off after its share of {time.monotonic() - began:.0f} s"
+    elif process.exitcode < 0:
+        yield ENDED, f"failed: killed by signal {-process.exitcode}"
 
 
 def received(connection: Connection, process: BaseProcess) -> Iterator[Found]:

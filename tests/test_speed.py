@@ -83,6 +83,17 @@ def test_a_turn_counts_the_steps_after_the_warm_ones(case, tmp_path, monkeypatch
         assert took.memory > 2**20
 
 
+def test_the_clock_stops_before_worker_processes_are_ended(case, tmp_path, monkeypatch):
+    workers, events = torch.utils.data.dataloader._MultiProcessingDataLoaderIter, []
+    shutdown = workers._shutdown_workers
+    monkeypatch.setattr(bench, "turn", lambda *_: events.append("stopped"))
+    monkeypatch.setattr(workers, "_shutdown_workers", lambda self: events.append("ended") or shutdown(self))
+    for name in bench.SIDES:
+        events.clear()
+        turn(name, replace(case, workers=1), tmp_path, monkeypatch)
+        assert events[0] == "stopped" and "ended" in events
+
+
 def test_the_peer_decays_matrices_only_as_open_clip_does():
     model = new(CONFIG, 0).model
     plain, rest = bench.peers_optimizer(model).param_groups
