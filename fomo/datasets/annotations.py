@@ -23,6 +23,7 @@ def tables_in(tree: Tree) -> list[Path]:
     shards = {n.removesuffix(".tar") for folder in tree.walk() for n in folder.others if n.endswith(".tar")}
     pictures = [os.path.basename(file) for file in islice(tree.all_pictures(), SOME)]
     stems = {os.path.splitext(name)[0] for name in pictures}
+    codes = {folder.name for folder in tree.walk() if re.fullmatch(r"[a-z]?\d+", folder.name)}
     found = []
     for folder in tree.walk():
         for name in folder.others:
@@ -33,7 +34,7 @@ def tables_in(tree: Tree) -> list[Path]:
             if HARMLESS.fullmatch(name) or of_shard:
                 continue
             may_be = suffix in (".json", ".txt") and not of_picture
-            if suffix in TABLES or (may_be and speaks_of(path, pictures, tree)):
+            if suffix in TABLES or (may_be and speaks_of(path, pictures, codes)):
                 found.append(path)
     return found
 
@@ -50,14 +51,13 @@ def refuse_annotations(tree: Tree) -> None:
                 raise UserError(f"{tree.path}: {what}; make class folders or captions of it")
 
 
-def speaks_of(file: Path, pictures: list[str], tree: Tree) -> bool:
-    """Whether it names pictures, or says what class folders with numbers and codes for names are."""
+def speaks_of(file: Path, pictures: list[str], codes: set[str]) -> bool:
+    """Whether it names pictures, or says what class folders are that have numbers and codes for names."""
     if file.suffix.lower() == ".json" and is_table(file):
         return True
     with open(file, "rb") as opened:
         text = opened.read(READ).decode("utf-8", "replace")
     words = set(re.split(r"[\s,;:|=\"'/\\{}\[\]()]+", text))
-    codes = {folder.name for folder in tree.walk() if re.fullmatch(r"[a-z]?\d+", folder.name)}
     return bool(words & set(pictures)) or (len(codes) > 1 and len(words & codes) > len(codes) / 2)
 
 

@@ -26,7 +26,7 @@ from fomo.datasets.datafile import DataFile, Entry, read, splits_of
 from fomo.datasets.remarks import Reader, of_classes, of_model, of_pictures, of_texts, reader_of
 from fomo.datasets.sources.base import UNREADABLE, Source, peculiarities, unread_texts
 from fomo.datasets.sources.webdataset import Shards
-from fomo.datasets.understood import problems, say
+from fomo.datasets.understood import overlaps, problems, say
 from fomo.errors import UserError
 from fomo.recipe import Model
 from fomo.text import aligned, plural
@@ -109,7 +109,7 @@ def check(path: str | Path, plot: str | None = None, model: Model | None = None)
         opened.append((first.entry, {split.split: split.source for split in splits}))
         found.warnings += of_classes(*opened[-1])
     say(data, opened)
-    found.errors += problems(opened)
+    found.errors += problems(opened, overlaps(opened))
     compare(found)
     if plot:
         draw(found.splits, Path(plot))

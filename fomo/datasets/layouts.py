@@ -67,8 +67,9 @@ def in_folder(path: Path) -> Layout:
     else:
         splits, left_out = split_folders(tree)
         within = [folder.path for folder in splits.values()]
-        loose = [f for f in tables_in(tree) if not any(folder in f.parents for folder in within)]
-        layout = in_split_folders(tree, splits) if splits and not loose else in_one(tree)
+        tables = tables_in(tree)
+        loose = [file for file in tables if not any(folder in file.parents for folder in within)]
+        layout = in_split_folders(tree, splits) if splits and not loose else in_one(tree, tables)
         notes += left_out if splits and not loose else []
     layout.notes, layout.root = notes + layout.notes, tree.path
     return layout
@@ -138,7 +139,8 @@ def in_split_folders(tree: Tree, splits: dict[str, Tree]) -> Layout:
     parts = {}
     for split, folder in splits.items():
         try:
-            parts[split] = in_one(Tree.of(folder.path))
+            part = Tree.of(folder.path)
+            parts[split] = in_one(part, tables_in(part))
         except UserError as error:
             if split == "train":
                 raise
@@ -187,9 +189,9 @@ def by_name(path: Path, files: list[Path]) -> tuple[dict[str, list[Path]], list[
 # --- what is in one folder -------------------------------------------------------------------------------
 
 
-def in_one(tree: Tree) -> Layout:
+def in_one(tree: Tree, tables: list[Path]) -> Layout:
+    """tables: what `tables_in` finds in it."""
     shards = [folder.path / n for folder in tree.walk() for n in folder.others if n.lower().endswith(".tar")]
-    tables = tables_in(tree)
     if shards:  # which have their texts with them, so a table beside them is only told
         if tree.holds_pictures():
             kinds = f"webdataset ({shards[0].name}), folder ({tree.name})"

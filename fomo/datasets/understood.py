@@ -8,6 +8,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -32,9 +33,10 @@ def opened_and_said(data: DataFile) -> list[tuple[Entry, Splits]]:
     """What `open_all` opens, after it was said; a UserError if it makes no sense."""
     opened = open_all(data)
     say(data, opened)
-    for problem in problems(opened):
+    shared = overlaps(opened)
+    for problem in problems(opened, shared):
         raise UserError(f"{data.path}: {problem}")
-    for leak in leaks(opened):
+    for leak in leaks(shared):
         tqdm.write(f"warning: {leak}", file=sys.stderr)
     return opened
 
@@ -98,18 +100,37 @@ def use(entry: Entry, splits: Splits) -> str:
 # --- what makes no sense ---------------------------------------------------------------------------------
 
 
-def problems(opened: list[tuple[Entry, Splits]]) -> Iterator[str]:
+class Overlap(NamedTuple):
+    """Test pictures of an entry that are also trained on."""
+
+    entry: Entry
+    test: Source
+    trained: str  # name of the set that is, the entry's own or another
+    found: list[int]  # numbers of the pictures
+
+
+def overlaps(opened: list[tuple[Entry, Splits]]) -> list[Overlap]:
+    trained = {entry.name: s["train"] for entry, s in opened if entry.role == "adaptation" and "train" in s}
+    shared = []
+    for entry, splits in opened:
+        test = splits.get("test")
+        for name, train in trained.items():
+            if test is None or (name == entry.name and "holdout" in entry.spec):
+                continue
+            if found := copies(test, train):
+                shared.append(Overlap(entry, test, name, found))
+    return shared
+
+
+def problems(opened: list[tuple[Entry, Splits]], shared: list[Overlap]) -> Iterator[str]:
     """What an update refuses."""
     for entry, splits in opened:
-        if entry.role == "pretraining":
-            continue
-        if entry.task == "classification":
+        if entry.role != "pretraining" and entry.task == "classification":
             yield from of_classes(entry, splits)
-        if {"train", "test"} <= splits.keys() and "holdout" not in entry.spec:
-            test, found = splits["test"], copies(splits["test"], splits["train"])
-            if len(found) == min(len(test), LOOKED):
-                what = f"every test picture is also trained on, first: {test.name_of(found[0])}"
-                yield f"{entry.where}: {what}; leave `test` out, and a tenth of train is held out"
+    for entry, test, trained, found in shared:
+        if trained == entry.name and len(found) == min(len(test), LOOKED):
+            what = f"every test picture is also trained on, first: {test.name_of(found[0])}"
+            yield f"{entry.where}: {what}; leave `test` out, and a tenth of train is held out"
 
 
 def of_classes(entry: Entry, splits: Splits) -> Iterator[str]:
@@ -125,17 +146,11 @@ def of_classes(entry: Entry, splits: Splits) -> Iterator[str]:
             yield f"{entry.where}: no class of test is one of train ({shown}), so nothing learned is tested"
 
 
-def leaks(opened: list[tuple[Entry, Splits]]) -> Iterator[str]:
-    """Test pictures of any set that are also trained on, as those are in another set or some of them."""
-    trained = {entry.name: s["train"] for entry, s in opened if entry.role == "adaptation" and "train" in s}
-    for entry, splits in opened:
-        test = splits.get("test")
-        for name, train in trained.items():
-            if test is None or (name == entry.name and "holdout" in entry.spec):
-                continue
-            if len(found := copies(test, train)):
-                of = f"{len(found)} of {plural(min(len(test), LOOKED), 'test picture')}"
-                yield f"{entry.where}: {of} also trained on in {name}, first: {test.name_of(found[0])}"
+def leaks(shared: list[Overlap]) -> Iterator[str]:
+    """What an update warns of."""
+    for entry, test, trained, found in shared:
+        of = f"{len(found)} of {plural(min(len(test), LOOKED), 'test picture')}"
+        yield f"{entry.where}: {of} also trained on in {trained}, first: {test.name_of(found[0])}"
 
 
 def copies(test: Source, train: Source) -> list[int]:

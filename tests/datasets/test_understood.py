@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fomo.datasets.datafile import read
-from fomo.datasets.understood import copies, leaks, open_all, opened_and_said, problems, understood
+from fomo.datasets.understood import copies, leaks, open_all, opened_and_said, overlaps, problems, understood
 from tests.datasets.inputs import draw, encoded, gray, noise, one_line, samples, write
 from tests.datasets.inputs import shard as write_shard
 
@@ -50,7 +50,8 @@ def test_one_class_is_refused_unless_it_is_accepted(tmp_path):
     entry = {"source": "folder", "train": "pets"}
     message = one_line(opened_and_said, written(tmp_path, adaptation={"pets": entry}))
     assert "adaptation.pets: one class only (cat)" in message and "`one_class: true`" in message
-    assert not list(problems(open_all(written(tmp_path, adaptation={"pets": entry | {"one_class": True}}))))
+    opened = open_all(written(tmp_path, adaptation={"pets": entry | {"one_class": True}}))
+    assert not list(problems(opened, overlaps(opened)))
     held = {"source": "folder", "test": "pets"}
     assert "evaluation.pets: one class" in one_line(
         opened_and_said, written(tmp_path, evaluation={"pets": held})
@@ -65,7 +66,7 @@ def test_a_test_split_that_is_trained_on_is_refused_and_a_part_of_it_is_warned_o
     assert "every test picture is also trained on, first: " in message and "leave `test` out" in message
     (tmp_path / "test/cat/again.png").write_bytes((tmp_path / "train/cat/1.png").read_bytes())
     data = written(tmp_path, adaptation={"pets": entry | {"test": "test"}})
-    (leak,) = leaks(open_all(data))
+    (leak,) = leaks(overlaps(open_all(data)))
     assert leak.startswith("adaptation.pets: 1 of 9 test pictures also trained on in pets, first: ")
     assert leak.endswith("again.png")
     opened_and_said(data)
@@ -87,7 +88,7 @@ def test_copies_are_found_in_shards_and_other_sets_too(tmp_path):
         },
         evaluation={"e": {"source": "webdataset", "test": "a.tar"}},
     )
-    said = list(leaks(open_all(data)))
+    said = list(leaks(overlaps(open_all(data))))
     train, test = (read(data.path).adaptation["a"].open(split) for split in ("train", "test"))
     assert f"evaluation.e: {len(train)} of 6 test pictures also trained on in a" in said[-2]
     assert said[-1].startswith("evaluation.e: 1 of 6 test pictures also trained on in o, first: ")
@@ -109,5 +110,5 @@ def test_pictures_that_cannot_be_read_are_no_copies_of_each_other(tmp_path, brok
     for split in ("train", "test"):
         (tmp_path / split / "cat/x.png").write_bytes(broken)
     entry = {"source": "folder", "train": "train", "test": "test"}
-    found = list(leaks(open_all(written(tmp_path, adaptation={"pets": entry}))))
+    found = list(leaks(overlaps(open_all(written(tmp_path, adaptation={"pets": entry})))))
     assert len(found) == 1  # the same bytes are a copy, whatever they are
