@@ -19,12 +19,8 @@ from fomo.recipe import Recipe
 SHORTEST = 8  # tokens of the shortest captions, with the start and the end
 FEWEST = 2  # pairs of which there is a loss
 LESS = "a smaller optimizer.batch_size, --set checkpointing=true (slower), or a smaller model"
-MESSAGES = (
-    "out of memory",
-    "allocate memory",
-    "not enough memory",
-    "ALLOC_FAILED",
-)  # of CUDA, CPU, MPS, cuBLAS
+# What the allocators of CUDA, the CPU, MPS and cuBLAS say.
+MESSAGES = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
 
 
 class Shortage(NamedTuple):
@@ -62,9 +58,8 @@ def shortage(recipe: Recipe, device: torch.device, world_size: int = 1) -> Short
         return None
     pairs, saves = pairs_at_once(recipe, world_size), recipe.checkpointing or recipe.compile
     needed = step_memory(recipe, device, pairs)
-    least = step_memory(
-        recipe, device, FEWEST if saves else pairs, shortest=True
-    )  # what they save is not counted
+    # What checkpointing and compiling save is not counted, so with them only what two pairs take is sure.
+    least = step_memory(recipe, device, FEWEST if saves else pairs, shortest=True)
     if (least if saves else needed) <= there:
         return None
     takes = f"a step of {recipe.optimizer.batch_size} pairs takes {gib(needed)}"

@@ -67,9 +67,8 @@ class Run:
     lock: IO | None = None  # held as long as it is open
     handlers: dict = field(default_factory=dict)  # of signals, before this run took them over
     ranks: Ranks = ALONE  # that train together; the first alone holds the lock and writes
-    skip_bad: bool = (
-        False  # whether pictures that cannot be read are done without, however many: in data.yaml
-    )
+    # whether pictures that cannot be read are done without, however many; data.yaml keeps it
+    skip_bad: bool = False
     # when `position.seconds` was last brought up to date
     clock: float = field(default_factory=lambda: time.monotonic())
 
