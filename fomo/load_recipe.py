@@ -90,7 +90,9 @@ def path_fields(values: dict) -> list[tuple[dict, str]]:
 
 
 def checked_sections(values: dict, origin: str | Path) -> dict:
-    """`values` as they are, if every section of a recipe that they have holds named fields."""
+    """`values`, if every section of a recipe that they have holds named fields; a budget may be `auto`."""
+    if values.get("budget") == "auto":
+        values["budget"] = {"auto": True}
     for field in dataclasses.fields(Recipe):
         section = values.get(field.name, {})
         if dataclasses.is_dataclass(field.type) and not isinstance(section, dict):
@@ -215,7 +217,7 @@ def merged(low: dict, high: dict) -> dict:
         below = out.get(key)
         if isinstance(value, dict) and isinstance(below, dict) and not is_named(key, value):
             if key == "budget" and any(name in value for name in BUDGETS):
-                below = {k: v for k, v in below.items() if k not in BUDGETS}
+                below = {k: v for k, v in below.items() if k not in (*BUDGETS, "auto")}
             value = merged(below, value)
         elif key == "model" and isinstance(below, dict) and not is_named(key, below):
             value = {**{k: v for k, v in below.items() if k == "image_size"}, **value}  # said of any model

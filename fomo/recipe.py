@@ -87,12 +87,13 @@ BUDGETS = ("gflops", "samples", "steps", "hours")
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may cost; exactly one of the first four."""
+    """What a run may cost; exactly one of the first four. `budget: auto` is `auto: true` with a scale's amount."""
 
     gflops: Positive | None = None  # memory-adjusted (paper, section 3.2), in total over all updates
     samples: Count | None = None  # per update
     steps: Count | None = None  # per update
     hours: Positive | None = None  # per update, of wall clock, its evaluation included
+    auto: bool = False  # an update may end earlier, where validation is best (choice.py)
     fisher: Literal["once", "per_step"] = "once"  # EWC's Fisher pass: per update, or as the paper's Table 4
 
     def __post_init__(self):
@@ -177,9 +178,16 @@ class Recipe:
             raise FieldError(
                 "optimizer.lr", f"not given, and scale {self.scale} has no default for this method"
             )
+        if self.budget.auto and self.schedule.meta == "infinite":
+            raise FieldError("budget.auto", "ends an update early, which schedule.meta infinite does itself")
         if self.steps == 0:
             size = self.optimizer.batch_size
             raise FieldError("budget.samples", f"{self.budget.samples} is less than one batch of {size}")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether something is chosen on validation pictures."""
+        return self.budget.auto or self.method.get("keep") == "auto"
 
     @property
     def steps(self) -> int | None:

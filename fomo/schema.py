@@ -137,7 +137,13 @@ def option_for(value: Any, want: Any) -> Any:
     if typing.get_origin(want) not in (types.UnionType, typing.Union):
         return want
     options = typing.get_args(want)
-    return next((option for option in options if plain_type(option) is type(value)), options[0])
+    return next((option for option in options if fits(value, option)), options[0])
+
+
+def fits(value: Any, option: Any) -> bool:
+    if typing.get_origin(option) is typing.Literal:
+        return value in typing.get_args(option)
+    return plain_type(option) is type(value)
 
 
 def plain_type(want: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 
 from fomo.budget.fitting import memory_told, shortage
 from fomo.budget.run_budget import TIMED_STEPS, RunBudget
+from fomo.choice import Choice
 from fomo.clip import Clip, load
 from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches
@@ -59,7 +60,7 @@ def run_recipe(
             return
         ranks.broadcast_object(lambda: check_memory(recipe, place, ranks))
         run.skip_bad = skip_bad or (resume and run.skipped_bad())
-        data, opened = datafile.read(recipe.data, run.skip_bad), []
+        data, opened = datafile.read(recipe.data, run.skip_bad, recipe.chooses), []
         begins = ranks.broadcast_object(lambda: not run.scored)
         if begins:
             ranks.broadcast_object(lambda: opened.extend(opened_and_said(data)))
@@ -109,6 +110,7 @@ class Trainer:
         self.max_scale = self.bound_of_scale()
         sigmoid = getattr(self.model, "logit_bias", None) is not None
         self.equal_captions = recipe.loss.equal_captions or ("positives" if sigmoid else "negatives")
+        self.choice = Choice.of(recipe, self.pools.validation)
         self.scorer = Scorer(clip, self.pools, device, recipe.seed, run.check, self.ranks)
         self.bar = Progress(disable=True)
 
@@ -162,6 +164,7 @@ class Trainer:
         loader = self.loader(batches, position.step)
         log = StepLog(self.run, self.recipe.optimizer.batch_size, self.model.logit_scale)
         self.evaluate_within()
+        self.try_out()
         for step in self.steps(loader, position.steps, start=position.step):
             position.step = step.number + 1
             position.samples += self.recipe.optimizer.batch_size
@@ -175,7 +178,7 @@ class Trainer:
         if self.trunk:
             self.method.load(self.model, self.trunk)
         self.method.before_update(self.model)
-        self.optimizer = self.fresh_optimizer()
+        self.optimizer, self.choice = self.fresh_optimizer(), Choice.of(self.recipe, self.pools.validation)
 
     def fresh_optimizer(self) -> torch.optim.Optimizer:
         settings = self.recipe.optimizer
@@ -206,6 +209,7 @@ class Trainer:
     def end_update(self, batches: Batches) -> None:
         """The method's part is done on the first rank; the others go on from its state as if they resumed."""
         recipe, position = self.recipe, self.run.position
+        self.choose()
         if recipe.schedule.meta == "infinite" and position.step < recipe.schedule.trunk_steps(position.steps):
             self.trunk = self.method.export(self.model)  # its time was up before the branch
         self.optimizer = None
@@ -220,6 +224,27 @@ class Trainer:
             if not self.ranks.first:
                 self.model.load_state_dict(model)
                 self.method.load_state(method)
+
+    def try_out(self, last: bool = False) -> None:
+        """Where something is chosen: score on the validation pictures what could be deployed from here."""
+        choice, position = self.choice, self.run.position
+        if choice is None or not (choice.is_due(position.step, position.steps) or last):
+            return
+        scores = self.scorer.validate(self.method.deployable(self.model))
+        if choice.add(position.step, scores) and self.recipe.budget.auto:
+            choice.best = self.method.export(self.model)
+
+    def choose(self) -> None:
+        """Go back to the best step, and tell the method the best share of the old model."""
+        choice, position = self.choice, self.run.position
+        if choice is None:
+            return
+        if not choice.was_tried(position.step):
+            self.try_out(last=True)
+        if choice.chosen["step"] != position.step:
+            self.method.load(self.model, choice.best)
+        self.method.choose(choice.chosen["keep"])
+        choice.best = None
 
     def inputs(self, batches: Batches) -> Iterator[Inputs]:
         """An update's batches once more, whole."""
@@ -245,6 +270,7 @@ class Trainer:
         if signum:
             raise Interrupted(signum)
         self.evaluate_within()
+        self.try_out()
         if not (late or log.waiting) and time.monotonic() - log.saved > CHECKPOINT_SECONDS:
             self.save_checkpoint()
             log.saved = time.monotonic()
@@ -284,6 +310,7 @@ class Trainer:
             trunk=self.trunk,
             tuned=self.tuned,
             original=self.scorer.original,
+            choice=self.choice and vars(self.choice),
             max_scale=self.max_scale,
             machine=machine(self.ranks),
         )
@@ -298,6 +325,8 @@ class Trainer:
         self.trunk, self.tuned = checkpoint["trunk"], checkpoint["tuned"]
         self.scorer.original = checkpoint["original"]
         self.max_scale = checkpoint.get("max_scale", self.max_scale)
+        if self.choice and checkpoint.get("choice"):
+            self.choice = Choice(**checkpoint["choice"])
         if checkpoint["optimizer"] is not None:
             self.optimizer = self.fresh_optimizer()
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -374,6 +403,8 @@ class Trainer:
             line["transfer"] = self.scorer.transfer(by_class, lambda: run.lines("concepts.jsonl"))
             if tasks := mtil(self.scorer.rows):
                 line["mtil"] = tasks
+        if self.choice and self.choice.tried:
+            line["choice"] = {"chosen": self.choice.chosen, "tried": self.choice.tried}
         if whole:
             line["full"] = whole.as_metrics()
         if first and wanted.frozen:

@@ -41,6 +41,8 @@ def merge(rule: "Rule", models: Sequence[Weights], base: Weights | None = None) 
     if not models or (rule.pairwise and len(models) != 2):
         expected = "two models, old and new" if rule.pairwise else "at least one model"
         raise UserError(f"{rule.name} merges {expected}, got {len(models)}")
+    if getattr(rule, "keep", None) == "auto":
+        raise UserError("keep: auto is chosen by `update` after training, here it is a number from 0 to 1")
     if rule.needs_base and base is None:
         raise UserError(f"{rule.name} works on task vectors here: it needs the base model")
     stack = Stack(models, base if rule.needs_base else None)
@@ -243,7 +245,7 @@ class Interpolate(Rule):
     keep nor weights are given. init ema: d ← d + (1 − keep) δ.
     """
 
-    keep: Share | None = None  # 1 returns old bit for bit, 0 returns new
+    keep: Share | Literal["auto"] | None = None  # 1 returns old bit for bit, 0 new; auto: chosen by `update`
     weights: Shares | None = None  # w_i, oldest first; wins over keep
     relative: ClassVar[bool] = False
 
@@ -273,7 +275,7 @@ class Slerp(Rule):
     init ema: as interpolate.
     """
 
-    keep: Share = 0.5
+    keep: Share | Literal["auto"] = 0.5
     pairwise: ClassVar[bool] = True
     relative: ClassVar[bool] = False
 

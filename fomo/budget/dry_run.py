@@ -26,7 +26,7 @@ def dry_run(recipe: Recipe, device: str) -> str:
     if model.name or model.pretrained:  # there are weights, and those of a file fit
         configuration(model.name, model.pretrained, model.image_size)
     place = pick_device(device, recipe.threads)
-    data = datafile.read(recipe.data)
+    data = datafile.read(recipe.data, validation=recipe.chooses)
     opened = opened_and_said(data)
     concepts, sizes = concepts_of(data)
     entries = [*data.adaptation.values(), *data.evaluation.values()]

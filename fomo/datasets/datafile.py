@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -50,6 +50,8 @@ SOURCES: dict[str, type[Source]] = {
 }
 PATHS = ("path", "root", "info", "classes_file")  # fields of sources: relative to the data file
 HOLDOUT = 0.1  # of every class is the test split of what is to be learned and has none
+VALIDATION = 0.1  # of what is to be learned, and of what must be kept, is for choices (fomo/choice.py)
+CHOSEN_ON = {"adaptation": "train", "evaluation": "test"}  # the split that validation pictures are taken from
 TYPES = {  # of the fields that do not depend on the source
     "source": Literal[tuple(SOURCES)],
     "prompt": str | list[str] | None,
@@ -59,10 +61,15 @@ TYPES = {  # of the fields that do not depend on the source
     "weight": Positive,
     "limit": Count,
     "holdout": float,
+    "validation": float,
     "one_class": bool,
 }
 COMMON = ("source", "train", "test", "prompt", "task", "dataset", "year", "one_class")  # fields of any entry
-OF_ROLE = {"pretraining": ("weight", "limit"), "adaptation": ("holdout",), "evaluation": ()}
+OF_ROLE = {
+    "pretraining": ("weight", "limit"),
+    "adaptation": ("holdout", "validation"),
+    "evaluation": ("validation",),
+}
 SPLITS = {"pretraining": ("train",), "adaptation": ("train", "test"), "evaluation": ("test",)}  # needs one of
 
 
@@ -108,7 +115,18 @@ class Entry:
         return self.source.split_field == "split" or "split_column" in self.spec
 
     def open(self, split: str) -> Source | None:
-        """The split "train" or "test", None if the data file has no such split."""
+        """The split "train", "test" or "validation", None if the data file has no such split."""
+        share, of = self.spec.get("validation"), CHOSEN_ON.get(self.role)
+        if not share or split not in (of, "validation"):
+            return None if split == "validation" else self.open_split(split)
+        whole = self.open_split(of)
+        if whole is None:
+            return None
+        taken = holdout_mask(whole, share, "validation")
+        return Part(whole, np.flatnonzero(taken if split == "validation" else ~taken))
+
+    def open_split(self, split: str) -> Source | None:
+        """As the data file has it, before validation pictures are taken from it."""
         if not self.has(split):
             return None
         if "holdout" in self.spec:
@@ -192,15 +210,19 @@ class Content:
     evaluation: dict | None = None
 
 
-def read(path: str | Path, skip_bad: bool = False) -> DataFile:
-    """Read and check a data file; nothing is opened yet. skip_bad: as if the file said so."""
+def read(path: str | Path, skip_bad: bool = False, validation: bool = False) -> DataFile:
+    """Read and check a data file; nothing is opened yet. skip_bad, validation: as if the file said so."""
     path = Path(path)
     values = read_yaml(path)
     try:
         top = build(Content, values)
         common = {"cache": top.cache, "skip_bad": top.skip_bad or skip_bad}
+        split = {"validation": VALIDATION} if validation else {}
         entries = {
-            role: {str(name): entry(str(name), role, spec, path, **common) for name, spec in named.items()}
+            role: {
+                str(name): entry(str(name), role, with_fields(split, spec), path, **common)
+                for name, spec in named.items()
+            }
             for role, named in (("adaptation", top.adaptation or {}), ("evaluation", top.evaluation or {}))
         }
         for name in entries["adaptation"].keys() & entries["evaluation"].keys():
@@ -212,6 +234,10 @@ def read(path: str | Path, skip_bad: bool = False) -> DataFile:
     except FieldError as error:
         raise UserError(f"{path}: {error}") from None
     return DataFile(path, top.image_size, pool, **entries, **common)
+
+
+def with_fields(fields: dict, spec: Any) -> Any:
+    return {**fields, **spec} if isinstance(spec, dict) else spec
 
 
 def entry(name: str, role: str, spec: dict, path: Path, cache: str = "auto", skip_bad: bool = False) -> Entry:
@@ -240,9 +266,10 @@ def check(entry: Entry) -> None:
     if entry.role == "adaptation":
         for field in {"split", *(() if entry.splits_itself else (split_field,))} & spec.keys():
             raise FieldError(f"{where}.{field}", "would be learnt and tested on, say train and test")
+    for field in {"holdout", "validation"} & spec.keys():
+        if not 0 < spec[field] < 1:
+            raise FieldError(f"{where}.{field}", f"a share between 0 and 1, got {spec[field]:g}")
     if "holdout" in spec:
-        if not 0 < spec["holdout"] < 1:
-            raise FieldError(f"{where}.holdout", f"a share between 0 and 1, got {spec['holdout']:g}")
         if "test" in spec:
             raise FieldError(f"{where}.holdout", "takes the test pictures from train, but test is given too")
         if not entry.has("train"):
@@ -295,7 +322,7 @@ def content(data: DataFile) -> dict:
 
 
 def splits_of(data: DataFile) -> Iterator[tuple[Entry, str]]:
-    """Every entry with each split that its role uses."""
+    """Every entry with each split that its role may have."""
     for entry in (*data.pretraining, *data.adaptation.values(), *data.evaluation.values()):
-        for split in SPLITS[entry.role]:
+        for split in (*SPLITS[entry.role], "validation"):
             yield entry, split

@@ -25,23 +25,25 @@ class TestSet:
     content: str = ""  # a hash of what a score of it is a score of
 
 
-def open_tests(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
-    """All test splits of a data file."""
+def open_tests(data: DataFile, clip: Clip, size: int, split: str = "test") -> list[TestSet]:
+    """All test splits of a data file, or those for validation."""
     tests = []
     for entry in [*data.adaptation.values(), *data.evaluation.values()]:
-        source = entry.open("test")
-        if source is None:
+        source = entry.open(split)
+        if source is None or (split == "validation" and not len(source)):
             continue
         if entry.task == "classification" and not source.classes:
             raise UserError(f"{data.path}: {entry.role}.{entry.name}: no class labels, say `task: retrieval`")
-        samples = Samples(source, clip, size, f"{entry.name} (test)")
+        samples = Samples(source, clip, size, f"{entry.name} ({split})")
         usable = samples.pixels.shapes[:, 0] > 0
         usable &= (
             source.labels >= 0 if entry.task == "classification" else np.diff(samples.captions.offsets) > 0
         )
         if not usable.any():
             lacking = "a class label" if entry.task == "classification" else "a caption"
-            raise UserError(f"{data.path}: {entry.role}.{entry.name}: no readable test picture has {lacking}")
+            raise UserError(
+                f"{data.path}: {entry.role}.{entry.name}: no readable {split} picture has {lacking}"
+            )
         templates = source.prompts if entry.task == "classification" else ()
         prompts = [clip.tokenize([t.replace("{}", name) for name in source.classes]) for t in templates]
         classes = source.classes if entry.task == "classification" else [entry.name]

@@ -27,9 +27,10 @@ from fomo.errors import UserError
 from fomo.text import plural
 
 # What `recipe_for` chooses:
-PASSES = 10  # over the pictures
+PASSES = 20  # over the pictures, at most: validation decides
 BATCHES = (16, 512)  # smallest and largest
-KEEP = 0.5  # of the original in the one merge there is; its whole curve is in the report
+ENOUGH = 100  # pictures, of which a tenth can be spared to choose on
+UNCHOSEN = {"passes": 10, "keep": 0.5}  # of fewer
 PATH = re.compile(rf"\S+\.({'|'.join(IMAGE_SUFFIXES)})", re.IGNORECASE)
 
 
@@ -132,14 +133,16 @@ def is_data_file(path: str | Path) -> bool:
 def recipe_for(file: Path) -> dict:
     """Parts of a recipe that suit a few pictures without a pretraining pool; `defaults` are those of a scale.
 
-    One update of PASSES passes, in batches that are a power of two and at most a quarter of the pictures.
+    One update, in batches that are a power of two and at most a quarter of the pictures. How many passes, and the
+    share of the old model in the one merge there is, are chosen on validation pictures if there are enough.
     """
     pictures = sum(concepts_of(datafile.read(file))[1])
-    smallest, largest = BATCHES
+    enough, (smallest, largest) = pictures >= ENOUGH, BATCHES
     batch = min(max(2 ** int(math.log2(max(pictures / 4, 1))), smallest), largest)
+    passes = PASSES if enough else UNCHOSEN["passes"]
     return {
         "stream": {"updates": 1},
         "optimizer": {"batch_size": batch},
-        "budget": {"steps": math.ceil(PASSES * pictures / batch)},
-        "defaults": {"keep": KEEP},
+        "budget": {"steps": math.ceil(passes * pictures / batch), "auto": enough},
+        "defaults": {"keep": "auto" if enough else UNCHOSEN["keep"]},
     }

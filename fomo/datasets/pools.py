@@ -18,6 +18,8 @@ from fomo.datasets.stream import Concept
 from fomo.errors import UserError
 from fomo.recipe import Recipe
 
+RETENTION = Path(__file__).resolve().parents[2] / "recipes/data/retention.yaml"
+
 
 @dataclass
 class Pools:
@@ -28,6 +30,7 @@ class Pools:
     pretraining: Collection
     tests: list[TestSet]
     subsets: dict[str, np.ndarray]  # of each test set, the samples scored during the run
+    validation: list[TestSet]  # what is chosen on, if anything is
 
     def batches(self, recipe: Recipe, update: int, steps: int) -> Batches:
         """The batches of one update (from 0)."""
@@ -71,7 +74,7 @@ class Pools:
 
 def open_pools(recipe: Recipe, clip: Clip, record: dict | None = None, skip_bad: bool = False) -> Pools:
     """`record`: of a run that has begun, as `Pools.record` gave it; its stream is not ordered again."""
-    data = datafile.read(recipe.data, skip_bad)
+    data = datafile.read(recipe.data, skip_bad, recipe.chooses)
     size = data.image_size or clip.image_size
     concepts, parts, numbers_of = open_adaptation(data, clip, size)
     pool = [Samples(source, clip, size, f"pretraining[{i}]") for i, source in enumerate(data.pool())]
@@ -85,8 +88,21 @@ def open_pools(recipe: Recipe, clip: Clip, record: dict | None = None, skip_bad:
         stream = recorded_stream(record["updates"], concepts, data.path)
     tests = open_tests(data, clip, size)
     subsets = {test.name: subset(test, recipe.evaluation.subset, recipe.seed) for test in tests}
+    validation = open_validation(data, clip, size) if recipe.chooses else []
     adaptation = Collection(list(parts.values()))
-    return Pools(stream, adaptation, list(parts), numbers_of, Collection(pool), tests, subsets)
+    return Pools(stream, adaptation, list(parts), numbers_of, Collection(pool), tests, subsets, validation)
+
+
+def open_validation(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
+    """What is chosen on. Sets that must be kept are needed: without any, rendered pictures stand for them."""
+    found = open_tests(data, clip, size, "validation")
+    if not any(test.role == "adaptation" for test in found):
+        raise UserError(
+            f"{data.path}: adaptation: too few pictures to choose on: say method.keep and a budget"
+        )
+    if not any(test.role == "evaluation" for test in found):
+        found += open_tests(datafile.read(RETENTION), clip, size)
+    return found
 
 
 def open_adaptation(

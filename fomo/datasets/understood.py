@@ -4,7 +4,6 @@
 and the bytes of files are looked at.
 """
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -13,13 +12,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fomo.datasets.datafile import SPLITS, DataFile, Entry
-from fomo.datasets.sources.base import UNREADABLE, Source
+from fomo.datasets.datafile import DataFile, Entry, splits_of
+from fomo.datasets.sources.base import COMPARED, Source, digest
 from fomo.errors import UserError
 from fomo.text import plural, shortened
 
 LOOKED = 1000  # test pictures that are looked for in what is trained on
-COMPARED = 20_000  # pictures trained on that have the size in bytes of one of them
 Splits = dict[str, Source]  # those that an entry has
 
 
@@ -43,12 +41,11 @@ def opened_and_said(data: DataFile) -> list[tuple[Entry, Splits]]:
 
 def open_all(data: DataFile) -> list[tuple[Entry, Splits]]:
     """Every entry with its splits, but what is rendered here."""
-    entries = (*data.pretraining, *data.adaptation.values(), *data.evaluation.values())
-    found = []
-    for entry in (entry for entry in entries if not entry.source.rendered):
-        splits = {split: entry.open(split) for split in SPLITS[entry.role]}
-        found.append((entry, {split: source for split, source in splits.items() if source is not None}))
-    return found
+    found: dict[str, tuple[Entry, Splits]] = {}
+    for entry, split in splits_of(data):
+        if not entry.source.rendered and (source := entry.open(split)) is not None:
+            found.setdefault(entry.where, (entry, {}))[1][split] = source
+    return list(found.values())
 
 
 def understood(data: DataFile, opened: list[tuple[Entry, Splits]]) -> Iterator[str]:
@@ -89,12 +86,14 @@ def use(entry: Entry, splits: Splits) -> str:
     if entry.role == "pretraining":
         return "replayed"
     if entry.role == "evaluation":
-        return f"{counts['test']} scored, never trained on"
+        chosen = f", {counts['validation']} chosen on" if "validation" in splits else ""
+        return f"{counts['test']} scored{chosen}, never trained on"
     how = ""
     if "holdout" in entry.spec:
         share = f"{entry.spec['holdout']:.0%} of every class, " if splits["train"].classes else ""
         how = f" ({share}held out)"
-    return f"{counts['train']} to learn from, {len(splits['test']):,} to test on{how}"
+    chosen = f", {len(splits['validation']):,} to choose on" if "validation" in splits else ""
+    return f"{counts['train']} to learn from{chosen}, {len(splits['test']):,} to test on{how}"
 
 
 # --- what makes no sense ---------------------------------------------------------------------------------
@@ -162,10 +161,3 @@ def copies(test: Source, train: Source) -> list[int]:
     alike = np.flatnonzero(np.isin(others, sizes[numbers]))[:COMPARED]
     digests = {digest(train, index) for index in alike.tolist()}
     return [number for number in numbers.tolist() if digests and digest(test, number) in digests]
-
-
-def digest(source: Source, index: int) -> bytes:
-    try:
-        return hashlib.blake2b(source.encoded(index), digest_size=16).digest()
-    except UNREADABLE:
-        return source.name_of(index).encode("utf-8", "surrogateescape")

@@ -1,11 +1,12 @@
 """Scoring during a run: what stands in a line of metrics.jsonl beside the costs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fomo.clip import Clip
 from fomo.datasets.features import image_features
@@ -16,7 +17,18 @@ from fomo.eval.ridge_baseline import trajectory
 from fomo.eval.transfer import Row, row_of, transfer
 from fomo.eval.zero_shot import Scores, drift, drift_features, drift_sample, evaluate
 from fomo.progress import Progress
-from fomo.weights import Interpolate, merge
+from fomo.weights import Interpolate, Weights, merge
+
+
+@contextmanager
+def weights_in(model: nn.Module, weights: Weights) -> Iterator[None]:
+    """The model with other weights; in the end, and if an interruption saves it, it has its own again."""
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        model.load_state_dict(weights)
+        yield
+    finally:
+        model.load_state_dict(own)
 
 
 @dataclass
@@ -65,18 +77,30 @@ class Scorer:
         self, old: Mapping[str, Tensor], tuned: Mapping[str, Tensor], keeps: list[float]
     ) -> list[dict]:
         """Was it worth it? Scores of the interpolations between old weights (keep 1) and tuned ones (keep 0)."""
-        model = self.clip.model
-        deployed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         old = {name: old[name].to(self.device) for name in old}
         rows = []
-        try:
-            for keep in keeps:
-                model.load_state_dict(dict(merge(Interpolate(keep=keep), [old, tuned])))
+        for keep in keeps:
+            with weights_in(self.clip.model, dict(merge(Interpolate(keep=keep), [old, tuned]))):
                 scores, _ = self.score()
-                rows.append({"keep": keep, "ka": scores.ka, "zs": scores.zs, "gm": scores.gm})
-        finally:  # an interruption saves the model
-            model.load_state_dict(deployed)
+            rows.append({"keep": keep, **scores.means})
         return rows
+
+    def validate(self, options: Iterable[tuple[float | None, Weights]]) -> dict[float | None, Scores]:
+        """The scores on the validation pictures of each of several weights."""
+        tests, scores = self.pools.validation, {}
+        numbers = {test.name: test.usable for test in tests}
+        with Progress(desc="choosing", unit="img", leave=False) as progress:
+
+            def tick(n: int) -> None:
+                progress.update(n)
+                self.check()
+
+            for name, weights in options:
+                with weights_in(self.clip.model, weights):
+                    scores[name], _ = evaluate(
+                        self.clip, tests, numbers, self.device, tick=tick, ranks=self.ranks
+                    )
+        return scores
 
     def ridge_baseline(self) -> list[float]:
         """KA of ridge regression on frozen features over the whole stream, of the model as it is now."""

@@ -4,7 +4,7 @@ Two sentences carry the design: `before_update` leaves in the model the weights 
 leaves in it the weights to deploy. The loop in update.py owns forward, backward, clipping and schedule.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,13 @@ class Method:
 
     def after_step(self, model: nn.Module, lr: float) -> None:
         """Every step, after the optimizer moved; the clipped gradients are still there."""
+
+    def deployable(self, model: nn.Module) -> Iterator[tuple[float | None, Weights]]:
+        """What could be deployed if the update ended here, by the share of the old model (None: has none)."""
+        yield None, self.export(model)
+
+    def choose(self, keep: float | None) -> None:
+        """Of what is `deployable`, which to deploy; before `after_update`."""
 
     def after_update(
         self, model: nn.Module, batches: Iterable[Inputs], autocast: Autocast = nullcontext

@@ -22,7 +22,7 @@ constant memory over all updates. So is a_t for the rules that have a running fo
 the others the experts are kept on disk and mapped. A recipe writes the rule's fields (`keep`, ...) beside these.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -36,6 +36,8 @@ from fomo.errors import FieldError
 from fomo.methods.base import Autocast, Inputs, Method
 from fomo.recipe import Optimizer
 from fomo.weights import Weights
+
+KEEPS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # that `auto` chooses among
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Merge(Method):
     rule: weights.Rule = field(default_factory=weights.Interpolate)
     models: dict[str, Weights] = field(default_factory=dict, init=False)  # "zeroshot", "ema", ..., "running"
     experts: int = field(default=0, init=False)  # e_1 .. e_n
+    chosen: float | None = field(default=None, init=False)  # `keep` of this update, where the rule's is auto
     folder: Path | None = field(default=None, init=False)
 
     def __post_init__(self):
@@ -114,7 +117,7 @@ class Merge(Method):
         self.experts += 1
         fresh = {"finetuned": self.tune.export(model)}
         if self.uses_ema:
-            fresh["ema"] = self.merge_with_old(fresh["finetuned"])
+            fresh["ema"] = self.merge_with_old(fresh["finetuned"], self.chosen)
         if self.uses_all:
             fresh["running"], fresh["all"] = self.merge_all(fresh["finetuned"])
         self.models = {name: fresh.get(name, old) for name, old in self.models.items()}
@@ -123,13 +126,25 @@ class Merge(Method):
     def merge(self, models: Sequence[Weights], rule: weights.Rule) -> Weights:
         return dict(weights.merge(rule, models, self.models.get("zeroshot")))
 
-    def merge_with_old(self, newest: Weights) -> Weights:
-        """u_t. DARE draws other masks at every update."""
+    def deployable(self, model: nn.Module) -> Iterator[tuple[float | None, Weights]]:
+        if not self.uses_ema:
+            yield from super().deployable(model)
+            return
+        newest = self.tune.export(model)
+        for keep in KEEPS if getattr(self.rule, "keep", None) == "auto" else [None]:
+            yield keep, self.merge_with_old(newest, keep)
+
+    def choose(self, keep: float | None) -> None:
+        self.chosen = keep
+
+    def merge_with_old(self, newest: Weights, keep: float | None = None) -> Weights:
+        """u_t, with the rule's `keep` or another. DARE draws other masks at every update."""
         if self.first_ema == "expert" and self.experts == 1:
             return newest
         old = self.models["zeroshot" if self.partner == "base" else "ema"]
-        seeded = isinstance(self.rule, weights.Dare)
-        rule = replace(self.rule, seed=self.rule.seed + self.experts) if seeded else self.rule
+        rule = self.rule if keep is None else replace(self.rule, keep=keep)
+        if isinstance(rule, weights.Dare):
+            rule = replace(rule, seed=rule.seed + self.experts)
         return self.merge([old, newest], rule)
 
     def merge_all(self, newest: Weights) -> tuple[Weights, Weights]:

@@ -26,6 +26,7 @@ SUFFIXES += ("jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm")
 UNREADABLE = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
 UNREADABLE += (EOFError, IndexError, OverflowError, TypeError, struct.error, zlib.error)  # of damaged files
 HELD_OUT = 50  # pictures with captions that are enough to test on
+COMPARED = 20_000  # pictures of equal size whose bytes are compared
 
 
 def readable(suffixes: tuple[str, ...]) -> tuple[str, ...]:
@@ -148,28 +149,57 @@ def limited(source: Source, limit: int | None) -> Source:
     return Part(source, np.sort(rng.choice(len(source), limit, replace=False, shuffle=False)))
 
 
-def holdout_mask(source: Source, share: float) -> np.ndarray:
-    """(n,) bool: about `share` of every class, at least one and not all; of a class of one picture none.
+def holdout_mask(source: Source, share: float, purpose: str = "test") -> np.ndarray:
+    """(n,) bool: about `share` of every class, never all; to test on at least one, of a class of one picture none.
 
-    Of pictures without classes about HELD_OUT are taken where that is more, but at most a third: recall@5 among
-    five pictures is always 100.
+    Of pictures without classes about HELD_OUT are taken where that is more, but at most a third (for validation a
+    sixth): recall@5 among five pictures is always 100.
 
     A hash of a sample's name decides, so samples that are added later move none from one side to the other
     (but the last of its class that is left on a side). Without classes the share falls as the set grows, from a
     third of 150 pictures to `share` of HELD_OUT / `share`: on the way some test pictures are given to training,
     and never one back, so nothing that was learnt is tested on.
+
+    Copies of a picture are on one side, on the training side if their classes differ. The draws for validation
+    are independent of those for testing.
     """
-    names = (source.id_of(index).encode("utf-8", "surrogateescape") for index in range(len(source)))
-    digests = b"".join(hashlib.blake2b(name, digest_size=8).digest() for name in names)
+    names, groups = names_of_pictures(source)
+    person = b"" if purpose == "test" else purpose.encode()
+    digests = b"".join(hashlib.blake2b(name, digest_size=8, person=person).digest() for name in names)
     draws = np.frombuffer(digests, "<u8") / 2**64  # (n,) in [0, 1)
     if (source.labels < 0).all():
-        share = max(share, min(1 / 3, HELD_OUT / max(len(source), 1)))
+        most = 1 / 3 if purpose == "test" else 1 / 6
+        share = max(share, min(most, HELD_OUT / max(len(source), 1)))
     test = draws < share
-    order = np.lexsort((draws, source.labels))
-    _, starts, counts = np.unique(source.labels[order], return_index=True, return_counts=True)
-    test[order[starts]] = True
-    test[order[starts + counts - 1]] = False
-    return test
+    _, of_class = np.unique(source.labels, return_inverse=True)
+    least, most = np.ones(of_class.max(initial=-1) + 1), np.zeros(of_class.max(initial=-1) + 1)
+    np.minimum.at(least, of_class, draws)
+    np.maximum.at(most, of_class, draws)
+    test[(draws == least[of_class]) & (purpose == "test")] = True
+    test[draws == most[of_class]] = False
+    together = np.ones(len(source), bool)
+    np.logical_and.at(together, groups, test)
+    return together[groups]
+
+
+def names_of_pictures(source: Source) -> tuple[list[bytes], np.ndarray]:
+    """-> the names of n samples, of copies of a picture that of the first; (n,) the number of that first one."""
+    names = [source.id_of(index).encode("utf-8", "surrogateescape") for index in range(len(source))]
+    groups, sizes = np.arange(len(source)), source.byte_sizes()
+    if sizes is not None:
+        _, size_of, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+        first: dict[bytes, int] = {}
+        for index in np.flatnonzero(counts[size_of] > 1)[:COMPARED].tolist():
+            groups[index] = first.setdefault(digest(source, index), index)
+    return [names[first] for first in groups.tolist()], groups
+
+
+def digest(source: Source, index: int) -> bytes:
+    """Of the bytes of a picture, as it is stored; of one that cannot be read, of its name."""
+    try:
+        return hashlib.blake2b(source.encoded(index), digest_size=16).digest()
+    except UNREADABLE:
+        return source.name_of(index).encode("utf-8", "surrogateescape")
 
 
 class PictureFiles(Source):

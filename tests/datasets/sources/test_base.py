@@ -56,3 +56,37 @@ def test_of_captions_that_are_added_none_takes_a_picture_from_training_to_testin
         assert held(more) & known <= held(fewer)
         if more <= 150:
             assert held(more) & known == held(fewer)
+
+
+class Stored(Drawn):
+    """Pictures as bytes, some of them copies."""
+
+    def __init__(self, contents: list[bytes], labels: np.ndarray):
+        super().__init__("photo", labels, classes=tuple("abcde"))
+        self.contents = contents
+
+    def byte_sizes(self):
+        return np.array([len(content) for content in self.contents])
+
+    def encoded(self, index):
+        return self.contents[index]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("purpose", ["test", "validation"])
+def test_copies_of_a_picture_are_on_one_side(seed, purpose):
+    """Within a class, and across classes."""
+    rng = np.random.default_rng(seed)
+    contents = [bytes([n % 256]) * (1 + n % 7) for n in rng.integers(0, 60, 80).tolist()]
+    mask = holdout_mask(Stored(contents, rng.integers(0, 3, 80)), 0.3, purpose)
+    assert mask.any() and not mask.all()
+    taken, left = ({contents[i] for i in np.flatnonzero(side)} for side in (mask, ~mask))
+    assert not taken & left
+
+
+def test_validation_is_drawn_apart_from_testing_and_leaves_small_classes_alone():
+    source = Drawn("photo", np.repeat(np.arange(500), 4), classes=tuple(map(str, range(500))))
+    test, validation = (holdout_mask(source, 0.1, purpose) for purpose in ("test", "validation"))
+    assert test.reshape(500, 4).sum(1).min() == 1  # one of each class is tested
+    assert abs(validation.mean() - 0.1) < 0.03 and validation.reshape(500, 4).any(1).mean() < 0.6
+    assert abs((test & validation).sum() - test.sum() * validation.mean()) < 60
