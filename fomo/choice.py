@@ -12,9 +12,10 @@ ends early only where that is better by more than the standard error that so few
 import math
 from dataclasses import dataclass, field
 
-from fomo.datasets.eval_sets import TestSet
 from fomo.eval.zero_shot import Scores
+from fomo.methods.merge import KEEPS
 from fomo.recipe import Recipe
+from fomo.text import plural
 from fomo.weights import Weights
 
 POINTS = 4
@@ -30,17 +31,31 @@ class Choice:
     best: Weights | None = None  # those tuned at the best step so far
 
     @classmethod
-    def of(cls, recipe: Recipe, tests: list[TestSet]) -> "Choice | None":
-        """None where nothing is left to choose. tests: the validation sets."""
+    def of(cls, recipe: Recipe, pictures: int) -> "Choice | None":
+        """None where nothing is left to choose."""
         if not recipe.chooses:
             return None
-        pictures = sum(len(test.usable) for test in tests if test.role == "adaptation")
         return cls(POINTS if recipe.budget.auto else 1, pictures)
 
+    def due(self, steps: int) -> list[int]:
+        """After which of an update's steps something is tried; the last is its end."""
+        return sorted({math.ceil(k * steps / self.points) for k in range(1, self.points + 1)})
+
     def is_due(self, step: int, steps: int) -> bool:
-        """Whether to try what is there after `step` of `steps` steps."""
-        due = {math.ceil(k * steps / self.points) for k in range(1, self.points + 1)}
-        return step in due and not self.was_tried(step)
+        return step in self.due(steps) and not self.was_tried(step)
+
+    def tries(self, recipe: Recipe) -> int:
+        """How often the validation pictures are scored in an update."""
+        return self.points * (len(KEEPS) if recipe.method.get("keep") == "auto" else 1)
+
+    def plan(self, recipe: Recipe, steps: int) -> str:
+        """What is chosen, how."""
+        share = f"the share of the old model, of {', '.join(f'{keep:g}' for keep in KEEPS)}"
+        after = f"the end of an update, after {', '.join(map(str, self.due(steps)))} steps" if steps else ""
+        what = [share] * (recipe.method.get("keep") == "auto") + [after] * (
+            recipe.budget.auto and bool(after)
+        )
+        return f"chosen on {plural(self.pictures, 'validation picture')}: {'; '.join(what)}"
 
     def was_tried(self, step: int) -> bool:
         return any(row["step"] == step for row in self.tried)

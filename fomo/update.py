@@ -110,7 +110,7 @@ class Trainer:
         self.max_scale = self.bound_of_scale()
         sigmoid = getattr(self.model, "logit_bias", None) is not None
         self.equal_captions = recipe.loss.equal_captions or ("positives" if sigmoid else "negatives")
-        self.choice = Choice.of(recipe, self.pools.validation)
+        self.choice = Choice.of(recipe, self.pools.to_choose_on)
         self.scorer = Scorer(clip, self.pools, device, recipe.seed, run.check, self.ranks)
         self.bar = Progress(disable=True)
 
@@ -178,7 +178,7 @@ class Trainer:
         if self.trunk:
             self.method.load(self.model, self.trunk)
         self.method.before_update(self.model)
-        self.optimizer, self.choice = self.fresh_optimizer(), Choice.of(self.recipe, self.pools.validation)
+        self.optimizer, self.choice = self.fresh_optimizer(), Choice.of(self.recipe, self.pools.to_choose_on)
 
     def fresh_optimizer(self) -> torch.optim.Optimizer:
         settings = self.recipe.optimizer
@@ -361,6 +361,8 @@ class Trainer:
                 f"{plural(position.updates - position.update, 'update')} of {plural(position.steps, 'step')}"
             )
             Progress.write(f"{plan}, each of {size} pairs", file=sys.stderr)
+        if self.choice:
+            Progress.write(self.choice.plan(self.recipe, position.steps), file=sys.stderr)
         for line in of_batches(size, self.pools.drawn(self.recipe)):
             Progress.write(f"warning: {line}", file=sys.stderr)
 

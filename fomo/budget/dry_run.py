@@ -8,8 +8,11 @@ from fomo.architectures import configuration
 from fomo.budget.fitting import pairs_at_once, shortage, step_memory
 from fomo.budget.flops_memory import parameter_count
 from fomo.budget.mafs import Work, architecture, planned_steps, work_of
+from fomo.choice import Choice
 from fomo.datasets import datafile
+from fomo.datasets.datafile import DataFile
 from fomo.datasets.mixture import sub_batches
+from fomo.datasets.pools import RETENTION
 from fomo.datasets.remarks import glance, of_batches, reader_of
 from fomo.datasets.stream import concepts_of
 from fomo.datasets.understood import opened_and_said
@@ -42,7 +45,7 @@ def dry_run(recipe: Recipe, device: str) -> str:
     lines = [
         f"learns {learnt} in {plural(updates, 'update')}; {pool}",
         f"scored on {plural(len(tests), 'test set')} with {plural(scored, 'picture')}",
-        *training_lines(recipe, work, updates, scored, rate),
+        *training_lines(recipe, work, updates, scored, rate, *to_choose_on(data)),
         f"memory: {needed / 2**30:.1f} GiB on the {place.type} for a step, of what torch allocates{saved}; "
         f"{available_memory(place) / 2**30:.1f} GiB are there",
         f"disk: about {disk(recipe) / 2**30:.2g} GiB of weights and checkpoints in the run folder",
@@ -59,6 +62,16 @@ def dry_run(recipe: Recipe, device: str) -> str:
     return "\n".join(lines)
 
 
+def to_choose_on(data: DataFile) -> tuple[int, int]:
+    """Validation pictures of what is to be learned, and of what must be kept."""
+    of_roles = [
+        sum(len(part) for entry in entries.values() if (part := entry.open("validation")) is not None)
+        for entries in (data.adaptation, data.evaluation)
+    ]
+    stand_ins = datafile.read(RETENTION).evaluation.values()
+    return of_roles[0], of_roles[1] or sum(len(entry.open("test")) for entry in stand_ins)
+
+
 def draws(recipe: Recipe, pictures: int, pool: int) -> list[tuple[str, int, int]]:
     """As remarks.of_batches takes them, in the first update. pictures, pool: that these pools have."""
     empty = frozenset({"buffer"} if pool else {"buffer", "pretraining"})
@@ -66,11 +79,15 @@ def draws(recipe: Recipe, pictures: int, pool: int) -> list[tuple[str, int, int]
     return [(name, pairs[name], count) for name, count in (("pretraining", pool), ("update", pictures))]
 
 
-def training_lines(recipe: Recipe, work: Work, updates: int, scored: int, rate: float) -> list[str]:
-    """rate: GFLOP/s of large matrix products."""
+def training_lines(
+    recipe: Recipe, work: Work, updates: int, scored: int, rate: float, new: int, old: int
+) -> list[str]:
+    """rate: GFLOP/s of large matrix products; new, old: pictures to choose on."""
     forward = work.gflops_per_step / recipe.optimizer.batch_size / 3  # of a picture, its caption counted in
     passes = 2 + recipe.evaluation.subset * max(updates - 1, 0) / recipe.evaluation.every
-    scoring = scored * forward * passes
+    choice = Choice.of(recipe, new)
+    choosing = updates * choice.tries(recipe) * (new + old) if choice else 0
+    scoring = (scored * passes + choosing) * forward
     if recipe.budget.hours is not None:
         return [
             f"each update takes {recipe.budget.hours:g} h, as the recipe says; its first steps decide how many"
@@ -84,6 +101,7 @@ def training_lines(recipe: Recipe, work: Work, updates: int, scored: int, rate: 
         f"{training:,.0f} GFLOPs; peak learning rate {recipe.optimizer.lr:g}",
         f"hours: about {hours:.2g}, {scoring / (training + scoring):.0%} of it scoring, at {USED:.0%} of the "
         f"{rate:,.0f} GFLOP/s of matrix products measured here; pictures are decoded once before",
+        *([f"{choice.plan(recipe, steps)}; what is kept by {old:,} others"] if choice else []),
     ]
 
 

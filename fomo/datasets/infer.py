@@ -29,7 +29,7 @@ from fomo.text import plural
 # What `recipe_for` chooses:
 PASSES = 20  # over the pictures, at most: validation decides
 BATCHES = (16, 512)  # smallest and largest
-ENOUGH = 100  # pictures, of which a tenth can be spared to choose on
+ENOUGH = 150  # pictures, of which a tenth can be spared to choose on
 UNCHOSEN = {"passes": 10, "keep": 0.5}  # of fewer
 PATH = re.compile(rf"\S+\.({'|'.join(IMAGE_SUFFIXES)})", re.IGNORECASE)
 

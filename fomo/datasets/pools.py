@@ -50,6 +50,11 @@ class Pools:
         every = (self.batches(recipe, update, 1).draws for update in range(len(self.stream)))
         return [(name, count, len(pool)) for draws in every for name, pool, count in draws]
 
+    @property
+    def to_choose_on(self) -> int:
+        """Validation pictures of what is to be learned."""
+        return sum(len(test.usable) for test in self.validation if test.role == "adaptation")
+
     def numbers(self, updates: list[list[Concept]]) -> np.ndarray:
         """The samples of all concepts of some updates."""
         found = [self.numbers_of[c.dataset, c.label] for concepts in updates for c in concepts]
