@@ -5,6 +5,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -33,8 +34,9 @@ PNG = encoded(gray())
 
 
 def draw(path: Path, image: Image.Image | None = None) -> Path:
+    """Without an image one of noise, another for each path: copies of a picture are not held out."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    (image or gray()).save(path)
+    (image or noise(crc32(str(path).encode()))).save(path)
     return path
 
 

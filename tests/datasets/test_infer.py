@@ -207,7 +207,7 @@ MISTAKES = [
     ({"test.tar": SHARD}, "only test files (test.tar)"),
     ({"test/a/1.png": PNG, **CLASSES}, "test/ holds class folders, but no train/ is beside it"),
     ({"train/a/1.png": PNG, "more/a/1.png": PNG}, "more/ is beside train/"),
-    ({"a/1.png": PNG, "b/1.png": PNG}, "no class has two pictures"),
+    ({"a/1.png": PNG, "b/1.png": PNG}, "no class has two different pictures"),
     ({"a.tar": packed(samples(2))}, "neither classes nor captions"),
 ]
 
