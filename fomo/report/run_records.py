@@ -31,13 +31,17 @@ LIMITS = {"mafs": "MAFs", "seconds": "seconds", "steps": "steps"}  # of a budget
 class Record:
     """What a run folder says, as far as the run has got."""
 
-    name: str
+    folder: Path  # as it was named
     recipe: dict
     recipe_text: str
     constants: dict  # "roles", "stream", "allowed"
     evaluations: dict[int, dict]  # update -> its line of metrics.jsonl; update 0 is the untouched model
     within: dict[tuple[int, int], dict]  # (updates, steps of the next one) that were done -> its line
     training: list[dict]  # lines of train.jsonl
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name  # resolved, because the name of "." is empty
 
 
 def read_run(folder: Path) -> Record:
@@ -49,7 +53,7 @@ def read_run(folder: Path) -> Record:
         raise UserError(f"{folder / 'metrics.jsonl'}: empty, the run has not been evaluated yet")
     training = folder / "train.jsonl"
     return Record(
-        name=folder.resolve().name,  # resolved, because the name of "." is empty
+        folder=folder,
         recipe=read_yaml(folder / "recipe.yaml"),
         recipe_text=read_text(folder / "recipe.yaml"),
         constants=read_constants(folder / "run.json", lines[0]),
@@ -171,6 +175,23 @@ class Group:
             keep: {key: np.array([row[key] for row in rows], float) for key in SCORES}
             for keep, rows in points
         }
+
+    @property
+    def deployed_keep(self) -> float | None:
+        """Where on that curve the deployed model is; None of a merge that is not on it."""
+        method = self.records[0].recipe["method"]
+        if method["name"] != "merge":
+            return 0.0
+        keep = method.get("keep")
+        return keep if self.interpolates and isinstance(keep, int | float) else None
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether each update ends with the interpolation that `method.keep` is the share of."""
+        usual = {"name": "merge", "rule": "interpolate", "first_ema": "merged"}
+        usual |= dict.fromkeys(("init", "deploy", "partner"), "ema")
+        method = self.records[0].recipe["method"]
+        return all(method.get(field, value) == value for field, value in usual.items())
 
     @property
     def planned(self) -> int:
