@@ -311,6 +311,8 @@ class Trainer:
             "roles": {test.name: test.role for test in tests},
             "classes": {test.name: test.classes for test in tests},
             "contents": {test.name: test.content for test in tests},
+            "tasks": {test.name: test.task for test in tests},
+            "tested": {test.name: test.counts(self.pools.subsets[test.name]) for test in tests},
             "stream": composition(self.pools.stream),
             "allowed": self.budget.allowed(),
         }
@@ -340,10 +342,12 @@ class Trainer:
         run, position = self.run, self.run.position
         update = position.update
         if update in (0, 1, position.updates) or update % self.recipe.evaluation.every == 0:
-            line, by_class = self.score()
+            line, by_class, predictions = self.score()
             run.save_weights(self.clip, self.recipe.evaluation.keep_weights)
             run.add_seconds()
             run.log("concepts.jsonl", by_class)
+            if predictions:
+                run.log("predictions.jsonl", {"update": update, "datasets": predictions})
             run.log("metrics.jsonl", {**line, **self.budget.spent(), "peak_memory": peak_memory(self.device)})
             shown = {key.upper(): f"{line[key]:.1f}" for key in ("ka", "zs") if line[key] is not None}
             self.bar.set_postfix(shown)
@@ -362,8 +366,8 @@ class Trainer:
             line = {"update": position.update, "step": position.step, **scores.as_metrics()}
             self.run.log("metrics.jsonl", {**line, **self.budget.spent()})
 
-    def score(self) -> tuple[dict, dict]:
-        """The lines of metrics.jsonl, but for the costs, and of concepts.jsonl."""
+    def score(self) -> tuple[dict, dict, dict]:
+        """The lines of metrics.jsonl, but for the costs, and of concepts.jsonl; at first and last predictions."""
         run, wanted = self.run, self.recipe.evaluation
         first = self.ranks.broadcast_object(lambda: not run.scored)
         last = run.position.update == run.position.updates
@@ -374,6 +378,7 @@ class Trainer:
             line["transfer"] = self.scorer.transfer(by_class, lambda: run.lines("concepts.jsonl"))
             if tasks := mtil(self.scorer.rows):
                 line["mtil"] = tasks
+        predictions = self.scorer.predictions(scores) if first or last else {}
         if whole:
             line["full"] = whole.as_metrics()
         if first and wanted.frozen:
@@ -381,7 +386,7 @@ class Trainer:
         if last and self.tuned:
             line["keeps"] = self.scorer.keep_curve(run.weights_before(), self.tuned, wanted.keeps)
             self.tuned = {}
-        return line, by_class
+        return line, by_class, predictions
 
 
 def set_temperature(model: nn.Module, temperature: Temperature) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from fomo.datasets.datafile import DataFile
 from fomo.datasets.samples import Samples, by_label
 from fomo.datasets.sources.base import Source
 from fomo.errors import UserError
+
+NAMED = 10_000  # pictures of a set up to which it is told of each what it is taken for
 
 
 @dataclass
@@ -23,6 +25,15 @@ class TestSet:
     prompts: list[list[np.ndarray]]  # per template, the token ids of each of the C classes
     classes: list[str] = field(default_factory=list)  # the C names; the set's own if it is scored as a whole
     content: str = ""  # a hash of what a score of it is a score of
+    source: Source | None = (
+        None  # of a set to learn that has classes and at most NAMED pictures: who they are
+    )
+
+    def counts(self, numbers: np.ndarray) -> list[int]:
+        """How many of these samples are of each class; without classes how many there are."""
+        if self.task != "classification":
+            return [len(numbers)]
+        return np.bincount(self.samples.labels[numbers], minlength=len(self.classes)).tolist()
 
 
 def open_tests(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
@@ -47,7 +58,9 @@ def open_tests(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
         classes = source.classes if entry.task == "classification" else [entry.name]
         kept = np.flatnonzero(usable)
         content = content_hash(source, entry.task, kept)
-        tests.append(TestSet(entry.name, entry.role, entry.task, samples, kept, prompts, classes, content))
+        told = (entry.role, entry.task) == ("adaptation", "classification") and len(kept) <= NAMED
+        test = TestSet(entry.name, entry.role, entry.task, samples, kept, prompts, classes, content)
+        tests.append(replace(test, source=source if told else None))
     return tests
 
 

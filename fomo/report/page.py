@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 
 from fomo.atomic import write_atomically
 from fomo.errors import UserError
-from fomo.report.columns import Columns, Values, as_csv, as_rows, number
+from fomo.report.classes import classes_table, confusions_table, examples, taken, unnamed
+from fomo.report.columns import Columns, Values, as_csv, as_rows, folded, number
 from fomo.report.common_sets import comparable
 from fomo.report.figures import (
     SCORES,
@@ -40,7 +41,6 @@ from fomo.report.figures import (
 )
 from fomo.report.run_records import Group, group_runs, read_run
 from fomo.report.worth import verdict, worth_table
-from fomo.runs.logs import evaluations
 from fomo.text import plural
 
 SCORED = "the test samples scored during the run"  # a subset, unless the recipe or small sets say otherwise
@@ -85,6 +85,7 @@ class Card:
     tiles: Sequence[tuple[str, str, str]] = ()  # (what, its values, their change)
     figures: Sequence[Markup] = ()
     tables: Sequence[list[list[str]]] = ()  # rows of cells, the first is the head
+    pictures: Sequence[tuple[str, list[tuple[str, str]]]] = ()  # (heading, [(URI of a picture, what it is)])
     folded: str = ""  # a text that is shown when asked for
 
     def card(self) -> "Card":
@@ -146,9 +147,11 @@ class Table:
     title: str
     columns: Columns
     note: str = ""
+    ends: int | None = None  # the page has so many rows from either end, the file all
 
     def card(self) -> Card:
-        return Card(self.title, self.note, tables=[as_rows(self.columns)])
+        rows = as_rows(self.columns)
+        return Card(self.title, self.note, tables=[folded(rows, self.ends) if self.ends else rows])
 
     def files(self) -> dict[str, bytes]:
         return {f"{self.name}.csv": as_csv(self.columns).encode()}
@@ -166,7 +169,9 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
         print(left_out, file=sys.stderr)
     overview = compare(compared, left_out)
     if len(groups) == 1:
-        rows = [[headline(groups[0])], *worth_of(groups[0], ""), overview, *details_of(groups[0], "")]
+        (group,) = groups
+        rows = [[headline(group)], worth_of(group, ""), overview]
+        rows += [classes_of(group, ""), *details_of(group, "")]
     else:
         note = f"{SUMMARY} {left_out}".strip()
         rows = [[Table("summary", "Before and after", summary_table(compared), note)], overview]
@@ -174,7 +179,7 @@ def write_report(folders: list[Path], out: Path | None = None) -> Path:
         prefix = f"{i}-{re.sub('[^0-9A-Za-z]+', '-', group.label).strip('-')}-"
         lead, command = verdict(group)
         rows += [[Card(group.label, lead=lead, command=command)]] if lead else []
-        rows += [*worth_of(group, prefix), *details_of(group, prefix)]
+        rows += [worth_of(group, prefix), classes_of(group, prefix), *details_of(group, prefix)]
     page = Path(out) if out else Path(folders[0]) / "report.html"
     title = ", ".join(group.label for group in groups)
     write(page, html_page(title, [[part.card() for part in row] for row in rows if row]))
@@ -215,14 +220,32 @@ def compare(groups: list[Group], left_out: str = "") -> list[Plot]:
     return plots
 
 
-def worth_of(group: Group, prefix: str) -> list[list[Plot | Table]]:
+def worth_of(group: Group, prefix: str) -> list[Plot | Table]:
     """What else could have been done: the curve, and the table beside it."""
     curve, title = group.keep_curve(), f"{group.label}: was the last update worth it?"
     if curve is None:
         return []
     rows = [{"keep": keep, **{k: v.mean() for k, v in scores.items()}} for keep, scores in curve.items()]
     plot = Plot(prefix + "worth", title, worth_figure, (rows, group.deployed_keep), WORTH)
-    return [[plot, Table(prefix + "worth", title, worth_table(group), f"Percent, on {SCORED}.")]]
+    return [plot, Table(prefix + "worth", title, worth_table(group), f"Percent, on {SCORED}.")]
+
+
+def classes_of(group: Group, prefix: str) -> list[Table | Card]:
+    """What became of the classes; confusions of the first run, and pictures where it is alone on the page."""
+    first, row = group.records[0], []
+    note = f"Percent of the n pictures of a class among {SCORED}. {unnamed(first)}".strip()
+    if classes := classes_table(group):
+        row.append(Table(prefix + "classes", f"{group.label}: classes", classes, note, ends=20))
+    pictures = taken(first)
+    shown, missing = examples(first, [] if prefix else pictures)
+    if shown:
+        note = "What a picture shows, and what it was taken for before or is taken for now."
+        title = f"{first.name}: pictures that were won and lost"
+        row.append(Card(title, f"{note} {missing}".strip(), pictures=shown))
+    if confusions := confusions_table(pictures):
+        title, note = f"{first.name}: confusions that grew most", "Numbers of test pictures before and after."
+        row.append(Table(prefix + "confusions", title, confusions, note))
+    return row
 
 
 def details_of(group: Group, prefix: str) -> list[list[Plot | Table | Card]]:
@@ -278,6 +301,8 @@ def headline(group: Group) -> Card:
     done, planned = group.updates[-1], group.planned
     progress = f"after {done} of {plural(planned, 'update')}" + ("" if done == planned else ", unfinished")
     note = f"Percent on {test_sets(group)}, {progress}."
+    words = {key.upper(): group.words(key) for key in ("ka", "zs")}
+    note += "".join(f" {score}: {of}." for score, of in words.items() if of)
     if len(group.records) > 1:
         note += f" Mean ± standard deviation of {group.names}."
     lead, command = verdict(group)
@@ -370,11 +395,16 @@ def measures_table(group: Group) -> Columns:
 
 
 def report_run(folder: Path) -> str:
-    """Write the report of a run; -> a line about what came of it."""
+    """Write the report of a run; -> what came of it: the scores in words, what is better, the model, the page."""
     page = write_report([folder])
-    first, *_, last = evaluations(folder)
-    known = [key for key in ("ka", "zs") if first[key] is not None]
-    changes = ", ".join(f"{key.upper()} {first[key]:.1f} -> {last[key]:.1f}" for key in known) or "no scores"
-    updates = last["update"] - first["update"]
-    line = f"{changes} in {plural(updates, 'update')}; report: {page}"
-    return "\n".join(filter(None, [line, *verdict(group_runs([read_run(folder)])[0])]))
+    (group,) = group_runs([read_run(folder)])
+    first, *_, last = group.lines[0]
+    updates = plural(last["update"] - first["update"], "update")
+    changes = []
+    for key in [key for key in ("ka", "zs") if first[key] is not None]:
+        change = f"{key.upper()} {first[key]:.1f} -> {last[key]:.1f} in {updates}"
+        changes.append(": ".join(filter(None, [change, group.words(key)])))
+    changes = changes or [f"no scores in {updates}"]
+    sentence, command = verdict(group)
+    lines = [*changes, sentence, command and f"  {command}", f"model: {folder / 'model'}", f"report: {page}"]
+    return "\n".join(filter(None, lines))

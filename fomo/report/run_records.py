@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from fomo.errors import UserError
+from fomo.eval.meaning import in_words
 from fomo.report.columns import deviation
 from fomo.report.figures import SCORES, Curve, Within
 from fomo.runs.logs import read_lines, read_text, refuse_missing
 from fomo.schedules import RateCurve, Schedule
 from fomo.schema import build, read_yaml
 
+SCORE_OF = {"ka": "adaptation", "zs": "evaluation"}  # the role of the sets that a score is the mean over
 LIMITS = {"mafs": "MAFs", "seconds": "seconds", "steps": "steps"}  # of a budget, the strictest first
 
 
@@ -38,6 +40,17 @@ class Record:
     evaluations: dict[int, dict]  # update -> its line of metrics.jsonl; update 0 is the untouched model
     within: dict[tuple[int, int], dict]  # (updates, steps of the next one) that were done -> its line
     training: list[dict]  # lines of train.jsonl
+
+    def by_class(self, update: int) -> dict[str, list[float | None]]:
+        """dataset -> percent of each class after an update; nothing in older runs.
+
+        A file has a line for each evaluation, of which some have a number for thousands of classes.
+        """
+        path = self.folder / "concepts.jsonl"
+        lines = read_text(path).splitlines() if path.exists() else []
+        place = list(self.evaluations).index(update)
+        line = json.loads(lines[place]) if place < len(lines) else {}
+        return line["datasets"] if line.get("update") == update else {}
 
     @property
     def name(self) -> str:
@@ -131,6 +144,13 @@ class Group:
         if not all(known):
             return None
         return np.array([[of_run[update] for update in self.updates] for of_run in known])
+
+    def words(self, score: str) -> str:
+        """What KA or ZS is the mean over; nothing in older runs, which do not say it."""
+        constants = self.records[0].constants
+        tasks, tested, role = constants.get("tasks"), constants.get("tested"), SCORE_OF[score]
+        sets = [(n, tasks[n], tested[n]) for n, its in constants["roles"].items() if its == role and tested]
+        return in_words(sets) if sets else ""
 
     @property
     def whole(self) -> bool:

@@ -229,7 +229,7 @@ def test_the_deployed_model_is_marked_where_it_is_on_the_curve(tmp_path, method,
     run = with_keeps(make_run(tmp_path / "run"))
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "method": method}))
-    ((plot, _),) = report.worth_of(*groups_of(run), "")
+    plot, _ = report.worth_of(*groups_of(run), "")
     (axes,) = figure_of(plot.draw, plot.what).axes
     marks = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
     assert marks == [] if deployed is None else marks == [deployed]
