@@ -13,6 +13,7 @@ from fomo.budget.fitting import memory_told, shortage
 from fomo.budget.run_budget import TIMED_STEPS, RunBudget
 from fomo.clip import Clip, load
 from fomo.datasets import datafile
+from fomo.datasets.eval_sets import described
 from fomo.datasets.mixture import Batches
 from fomo.datasets.pools import Pools, open_pools
 from fomo.datasets.remarks import Reader, glance, of_batches
@@ -306,13 +307,8 @@ class Trainer:
 
     def constants(self) -> dict:
         """run.json: what is the same in all lines of the logs."""
-        tests = self.pools.tests
         return {
-            "roles": {test.name: test.role for test in tests},
-            "classes": {test.name: test.classes for test in tests},
-            "contents": {test.name: test.content for test in tests},
-            "tasks": {test.name: test.task for test in tests},
-            "tested": {test.name: test.counts(self.pools.subsets[test.name]) for test in tests},
+            **described(self.pools.tests, self.pools.subsets),
             "stream": composition(self.pools.stream),
             "allowed": self.budget.allowed(),
         }

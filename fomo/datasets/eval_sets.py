@@ -25,15 +25,7 @@ class TestSet:
     prompts: list[list[np.ndarray]]  # per template, the token ids of each of the C classes
     classes: list[str] = field(default_factory=list)  # the C names; the set's own if it is scored as a whole
     content: str = ""  # a hash of what a score of it is a score of
-    source: Source | None = (
-        None  # of a set to learn that has classes and at most NAMED pictures: who they are
-    )
-
-    def counts(self, numbers: np.ndarray) -> list[int]:
-        """How many of these samples are of each class; without classes how many there are."""
-        if self.task != "classification":
-            return [len(numbers)]
-        return np.bincount(self.samples.labels[numbers], minlength=len(self.classes)).tolist()
+    source: Source | None = None  # of a set to learn that has classes and at most NAMED pictures
 
 
 def open_tests(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
@@ -62,6 +54,20 @@ def open_tests(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
         test = TestSet(entry.name, entry.role, entry.task, samples, kept, prompts, classes, content)
         tests.append(replace(test, source=source if told else None))
     return tests
+
+
+def described(tests: list[TestSet], subsets: dict[str, np.ndarray]) -> dict[str, dict]:
+    """What run.json says of each set. tested: how many samples are scored of each class, of retrieval in all."""
+    fields = {"roles": "role", "classes": "classes", "contents": "content", "tasks": "task"}
+    tested = {}
+    for test in tests:
+        numbers = subsets[test.name]
+        tested[test.name] = [len(numbers)]
+        if test.task == "classification":
+            labels = test.samples.labels[numbers]
+            tested[test.name] = np.bincount(labels, minlength=len(test.classes)).tolist()
+    found = {key: {test.name: getattr(test, field) for test in tests} for key, field in fields.items()}
+    return {**found, "tested": tested}
 
 
 def content_hash(source: Source, task: str, numbers: np.ndarray) -> str:
