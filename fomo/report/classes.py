@@ -69,22 +69,30 @@ def taken(record: Record) -> list[Taken]:
     first, last = lines[0]["datasets"], lines[-1]["datasets"]
     found = []
     for name, now in last.items():
-        titles, then = record.constants["classes"][name], first[name]
+        titles, then = record.constants["classes"][name], first.get(name, {})
+        if then.get("pictures") != now["pictures"]:
+            continue  # the set was changed while the run was interrupted
         numbers = zip(now["labels"], then["predicted"], now["predicted"], strict=True)
         for picture, row in zip(now["pictures"], numbers, strict=True):
             found.append(Taken(name, picture, *(titles[number] for number in row)))
     return found
 
 
-def unnamed(record: Record) -> str:
-    """A line about sets to learn of which no predictions are kept; nothing of an older run."""
+def not_shown(record: Record) -> str:
+    """Lines about classes without a score, and sets to learn without predictions; nothing of an older run."""
     constants, path = record.constants, record.folder / "predictions.jsonl"
     kept = read_lines(path)[0]["datasets"] if path.exists() else {}
-    learnt = [name for name, role in constants["roles"].items() if role == "adaptation"]
-    tasks = constants.get("tasks") or {}
-    missing = [name for name in learnt if tasks.get(name) == "classification" and name not in kept]
-    names = ", ".join(missing)
-    return f"Of {names} no pictures are shown: too many to keep what each is taken for." if missing else ""
+    tasks, tested = constants.get("tasks") or {}, constants.get("tested") or {}
+    classified = [name for name, task in tasks.items() if task == "classification"]
+    empty = sum(tested[name].count(0) for name in classified)
+    large = [name for name in classified if constants["roles"][name] == "adaptation" and name not in kept]
+    found = [f"{plural(empty, 'class has', 'classes have')} no test picture."] if empty else []
+    found += (
+        [f"Of {', '.join(large)} too many pictures are scored to keep what each is taken for."]
+        if large
+        else []
+    )
+    return " ".join(found)
 
 
 def confusions_table(pictures: list[Taken]) -> Columns:

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from fomo.atomic import write_atomically
 from fomo.errors import UserError
-from fomo.report.classes import classes_table, confusions_table, examples, taken, unnamed
+from fomo.report.classes import classes_table, confusions_table, examples, not_shown, taken
 from fomo.report.columns import Columns, Values, as_csv, as_rows, folded, number
 from fomo.report.common_sets import comparable
 from fomo.report.figures import (
@@ -233,7 +233,7 @@ def worth_of(group: Group, prefix: str) -> list[Plot | Table]:
 def classes_of(group: Group, prefix: str) -> list[Table | Card]:
     """What became of the classes; confusions of the first run, and pictures where it is alone on the page."""
     first, row = group.records[0], []
-    note = f"Percent of the n pictures of a class among {SCORED}. {unnamed(first)}".strip()
+    note = f"Percent of the n pictures of a class among {SCORED}. {not_shown(first)}".strip()
     if classes := classes_table(group):
         row.append(Table(prefix + "classes", f"{group.label}: classes", classes, note, ends=20))
     pictures = taken(first)

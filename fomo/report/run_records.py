@@ -49,7 +49,10 @@ class Record:
         path = self.folder / "concepts.jsonl"
         lines = read_text(path).splitlines() if path.exists() else []
         place = list(self.evaluations).index(update)
-        line = json.loads(lines[place]) if place < len(lines) else {}
+        try:
+            line = json.loads(lines[place]) if place < len(lines) else {}
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {place + 1} is not JSON: {error}") from None
         return line["datasets"] if line.get("update") == update else {}
 
     @property

@@ -11,6 +11,7 @@ from PIL import Image
 from run_folders import groups_of, make_run
 from small_runs import picture
 
+from fomo.errors import UserError
 from fomo.report.classes import SHOWN, classes_table, confusions_table, taken
 from fomo.report.columns import as_rows, folded
 from fomo.report.page import report_run, write_report
@@ -60,6 +61,12 @@ def test_classes_are_sorted_by_change_with_the_number_of_their_pictures(run):
     ]
 
 
+def test_classes_without_a_test_picture_are_counted(tmp_path):
+    run = photos(tmp_path, [0, 0, 2], before=[0, 1, 1], after=[1, 1, 2])
+    assert [row[0] for row in as_rows(classes_table(*groups_of(run)))[1:]] == ["<b>owl</b>", "cat"]
+    assert "1 class has no test picture." in write_report([run]).read_text()
+
+
 def test_confusions_that_grew_are_counted_and_those_that_shrank_are_not(run):
     assert as_rows(confusions_table(taken(*groups_of(run)[0].records))) == [
         ["class", "taken for", "before", "after"],
@@ -103,6 +110,20 @@ def test_of_pictures_that_are_gone_the_page_says_so_and_goes_on(run, what):
     assert text.count("<figcaption>") == 4 - gone and "confusions that grew most" in text
 
 
+@pytest.mark.parametrize("name", ["concepts.jsonl", "predictions.jsonl"])
+def test_a_damaged_file_is_named_in_one_line(run, name):
+    (run / name).write_text('{"update": 0\n' + (run / name).read_text())
+    with pytest.raises(UserError, match=rf"{name}: line 1 is not JSON"):
+        write_report([run])
+
+
+def test_a_set_that_has_changed_on_the_way_has_no_pictures(run):
+    first, last = (run / "predictions.jsonl").read_text().splitlines()
+    (run / "predictions.jsonl").write_text(first.replace("dog/2", "dog/9") + "\n" + last + "\n")
+    text = write_report([run]).read_text()
+    assert "<img" not in text and "photos: classes" in text
+
+
 @pytest.mark.parametrize("missing", ["predictions.jsonl", "concepts.jsonl"])
 def test_older_and_unfinished_runs_are_reported_without(run, missing):
     (run / missing).unlink()
@@ -115,7 +136,7 @@ def test_older_and_unfinished_runs_are_reported_without(run, missing):
 
 def test_that_a_set_is_too_large_for_its_pictures_to_be_kept_is_said(run):
     (run / "predictions.jsonl").unlink()
-    assert "Of photos no pictures are shown: too many to keep" in write_report([run]).read_text()
+    assert "Of photos too many pictures are scored to keep what" in write_report([run]).read_text()
 
 
 def test_seeds_are_a_mean_with_spread_and_several_runs_have_no_pictures(tmp_path):
