@@ -368,7 +368,7 @@ def schedule(paths, steps, as_csv, plot, **options):
 @click.argument("runs", nargs=-1, required=True, type=Place("RUN"))
 @click.option("-o", "out", type=Place("FILE.html"), help="By default report.html in the first run.")
 def report(runs, out):
-    """Draw one or several runs: the KA-ZS plane, scores over updates, what each dataset gained or lost.
+    """Draw one or several runs: was it worth it, the KA-ZS plane, scores, what each set and class gained or lost.
 
     -o FILE.html also writes the figures as PNG and SVG and the tables as CSV, to FILE_files beside it.
     """

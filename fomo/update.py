@@ -14,6 +14,7 @@ from fomo.budget.run_budget import TIMED_STEPS, RunBudget
 from fomo.choice import Choice
 from fomo.clip import Clip, load
 from fomo.datasets import datafile
+from fomo.datasets.eval_sets import described
 from fomo.datasets.mixture import Batches
 from fomo.datasets.pools import Pools, open_pools
 from fomo.datasets.remarks import Reader, glance, of_batches
@@ -335,11 +336,8 @@ class Trainer:
 
     def constants(self) -> dict:
         """run.json: what is the same in all lines of the logs."""
-        tests = self.pools.tests
         return {
-            "roles": {test.name: test.role for test in tests},
-            "classes": {test.name: test.classes for test in tests},
-            "contents": {test.name: test.content for test in tests},
+            **described(self.pools.tests, self.pools.subsets),
             "stream": composition(self.pools.stream),
             "allowed": self.budget.allowed(),
         }
@@ -371,10 +369,12 @@ class Trainer:
         run, position = self.run, self.run.position
         update = position.update
         if update in (0, 1, position.updates) or update % self.recipe.evaluation.every == 0:
-            line, by_class = self.score()
+            line, by_class, predictions = self.score()
             run.save_weights(self.clip, self.recipe.evaluation.keep_weights)
             run.add_seconds()
             run.log("concepts.jsonl", by_class)
+            if predictions:
+                run.log("predictions.jsonl", {"update": update, "datasets": predictions})
             run.log("metrics.jsonl", {**line, **self.budget.spent(), "peak_memory": peak_memory(self.device)})
             shown = {key.upper(): f"{line[key]:.1f}" for key in ("ka", "zs") if line[key] is not None}
             self.bar.set_postfix(shown)
@@ -393,8 +393,8 @@ class Trainer:
             line = {"update": position.update, "step": position.step, **scores.as_metrics()}
             self.run.log("metrics.jsonl", {**line, **self.budget.spent()})
 
-    def score(self) -> tuple[dict, dict]:
-        """The lines of metrics.jsonl, but for the costs, and of concepts.jsonl."""
+    def score(self) -> tuple[dict, dict, dict]:
+        """The lines of metrics.jsonl, but for the costs, and of concepts.jsonl; at first and last predictions."""
         run, wanted = self.run, self.recipe.evaluation
         first = self.ranks.broadcast_object(lambda: not run.scored)
         last = run.position.update == run.position.updates
@@ -407,6 +407,7 @@ class Trainer:
                 line["mtil"] = tasks
         if self.choice and self.choice.tried:
             line["choice"] = {"chosen": self.choice.chosen, "tried": self.choice.tried}
+        predictions = self.scorer.predictions(scores) if first or last else {}
         if whole:
             line["full"] = whole.as_metrics()
         if first and wanted.frozen:
@@ -414,7 +415,7 @@ class Trainer:
         if last and self.tuned:
             line["keeps"] = self.scorer.keep_curve(run.weights_before(), self.tuned, wanted.keeps)
             self.tuned = {}
-        return line, by_class
+        return line, by_class, predictions
 
 
 def set_temperature(model: nn.Module, temperature: Temperature) -> None:

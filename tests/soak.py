@@ -72,7 +72,7 @@ def kill_at_change(number: int, count) -> None:
 
 def differing(a: Path, b: Path, training: bool = True) -> list[str]:
     """What is not the same, bit for bit, in two places of finished runs; `training`: their logs of it too."""
-    logs = ["metrics.jsonl", "concepts.jsonl", *(["train.jsonl"] if training else [])]
+    logs = ["metrics.jsonl", "concepts.jsonl", "predictions.jsonl", *(["train.jsonl"] if training else [])]
     found = [name for name in logs if lines(a / "run" / name) != lines(b / "run" / name)]
     for part in ("run/weights", "run/model", "cache/models", "cache/pixels"):
         left, right = contents(a / part), contents(b / part)

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
+import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from small_runs import (
     CPU,
     ROOT,
@@ -26,6 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fomo.budget.mafs import work_of
 from fomo.clip import load as load_model
+from fomo.datasets import datafile
 from fomo.datasets.pools import open_pools
 from fomo.errors import Interrupted, UserError
 from fomo.eval.scorer import Scorer
@@ -66,6 +69,41 @@ def test_a_run_leaves_what_the_contract_says(updated):
     assert_same(load_model(None, str(out / "model")).model.state_dict(), weights_of(out, 3))
     again = load(out / "recipe.yaml")
     assert again.method["keep"] == 0.5 and again.steps == 4
+
+
+def test_first_and_last_it_is_kept_what_open_clip_takes_each_test_picture_for(updated):
+    out, printed = updated
+    kept = lines(out / "predictions.jsonl")
+    assert [line["update"] for line in kept] == [0, 3] and set(kept[0]["datasets"]) == {"symbols", "flags"}
+    name = f"local-dir:{out / 'model'}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    model.eval()
+    for dataset, found in kept[-1]["datasets"].items():
+        source = datafile.read(out / "data.yaml").adaptation[dataset].open("test")
+        assert found["pictures"] == [source.id_of(i) for i in range(len(source))]
+        assert found["labels"] == source.labels.tolist()
+        (prompt,) = source.prompts
+        texts = open_clip.get_tokenizer(name)([prompt.replace("{}", title) for title in source.classes])
+        with torch.no_grad():
+            images = model.encode_image(torch.stack([transform(source.image(i)) for i in range(len(source))]))
+            similarity = F.normalize(images, dim=-1) @ F.normalize(model.encode_text(texts), dim=-1).T
+        chosen = similarity.gather(1, torch.tensor(found["predicted"])[:, None])[:, 0]
+        # hardly trained, it has near ties
+        torch.testing.assert_close(chosen, similarity.amax(-1), rtol=0, atol=1e-5)
+    constants = json.loads((out / "run.json").read_text())
+    assert constants["tested"] == {name: [4] * len(names) for name, names in constants["classes"].items()}
+    assert f"model: {out / 'model'}\nreport: {out / 'report.html'}" in printed
+
+
+@pytest.mark.parametrize("cut", [1, 6])
+def test_an_interrupted_run_keeps_the_same_predictions(cut, updated, small_scale, tmp_path):
+    recipe = load(ROOT / "recipes/merge.yaml", scale=str(small_scale))
+    with pytest.raises(Interrupted):
+        run_until(recipe, tmp_path, cut, terminate)
+    with open(tmp_path / "predictions.jsonl", "a") as file:
+        file.write('{"update": 3}\n')  # of an evaluation that was killed after it
+    run(recipe, tmp_path, resume=True)
+    assert lines(tmp_path / "predictions.jsonl") == lines(updated[0] / "predictions.jsonl")
 
 
 def test_the_first_weights_are_the_untouched_model(updated, small_scale, tmp_path):

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -11,6 +11,8 @@ from fomo.datasets.datafile import DataFile
 from fomo.datasets.samples import Samples, by_label
 from fomo.datasets.sources.base import Source
 from fomo.errors import UserError
+
+NAMED = 10_000  # pictures of a set up to which it is told of each what it is taken for
 
 
 @dataclass
@@ -23,6 +25,7 @@ class TestSet:
     prompts: list[list[np.ndarray]]  # per template, the token ids of each of the C classes
     classes: list[str] = field(default_factory=list)  # the C names; the set's own if it is scored as a whole
     content: str = ""  # a hash of what a score of it is a score of
+    source: Source | None = None  # of a set to learn that has classes and at most NAMED pictures
 
 
 def open_tests(data: DataFile, clip: Clip, size: int, split: str = "test") -> list[TestSet]:
@@ -49,8 +52,24 @@ def open_tests(data: DataFile, clip: Clip, size: int, split: str = "test") -> li
         classes = source.classes if entry.task == "classification" else [entry.name]
         kept = np.flatnonzero(usable)
         content = content_hash(source, entry.task, kept)
-        tests.append(TestSet(entry.name, entry.role, entry.task, samples, kept, prompts, classes, content))
+        told = (entry.role, entry.task) == ("adaptation", "classification") and len(kept) <= NAMED
+        test = TestSet(entry.name, entry.role, entry.task, samples, kept, prompts, classes, content)
+        tests.append(replace(test, source=source if told else None))
     return tests
+
+
+def described(tests: list[TestSet], subsets: dict[str, np.ndarray]) -> dict[str, dict]:
+    """What run.json says of each set. tested: how many samples are scored of each class, of retrieval in all."""
+    fields = {"roles": "role", "classes": "classes", "contents": "content", "tasks": "task"}
+    tested = {}
+    for test in tests:
+        numbers = subsets[test.name]
+        tested[test.name] = [len(numbers)]
+        if test.task == "classification":
+            labels = test.samples.labels[numbers]
+            tested[test.name] = np.bincount(labels, minlength=len(test.classes)).tolist()
+    found = {key: {test.name: getattr(test, field) for test in tests} for key, field in fields.items()}
+    return {**found, "tested": tested}
 
 
 def content_hash(source: Source, task: str, numbers: np.ndarray) -> str:

@@ -73,6 +73,20 @@ class Scorer:
         self.rows.append(row_of(newest, stream))
         return transfer(self.rows)
 
+    def predictions(self, scores: Scores) -> dict[str, dict[str, list]]:
+        """By dataset what each picture is called, its class and that which it is taken for, by number."""
+        found = {}
+        for test in self.pools.tests:
+            if test.source is not None:
+                numbers = self.pools.subsets[test.name]
+                pictures = [test.source.id_of(number) for number in numbers.tolist()]
+                labels, predicted = (
+                    test.samples.labels[numbers].tolist(),
+                    scores.datasets[test.name].predicted,
+                )
+                found[test.name] = {"pictures": pictures, "labels": labels, "predicted": predicted}
+        return found
+
     def keep_curve(
         self, old: Mapping[str, Tensor], tuned: Mapping[str, Tensor], keeps: list[float]
     ) -> list[dict]:

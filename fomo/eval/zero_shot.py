@@ -46,6 +46,8 @@ class Score:
     stderr: float  # percent, of sampling the pictures
     details: dict[str, float] = field(default_factory=dict)  # percent, by name
     by_class: list[float | None] = field(default_factory=list)  # None: no picture; retrieval: one
+    # the class that each picture is taken for, by number; retrieval: none
+    predicted: list[int] = field(default_factory=list, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -108,17 +110,19 @@ def class_features(
 
 def accuracy(images: Tensor, classes: Tensor, labels: Tensor) -> Score:
     """Over the full label space; by class, and their mean, for classes that have a picture."""
-    hits, in_top = torch.empty_like(labels, dtype=torch.bool), torch.empty_like(labels, dtype=torch.bool)
+    predicted, in_top = torch.empty_like(labels), torch.empty_like(labels, dtype=torch.bool)
     for start in range(0, len(images), COMPARED):
         some = slice(start, start + COMPARED)
         similarity = images[some] @ classes.T  # (COMPARED, C)
-        hits[some] = similarity.argmax(-1) == labels[some]
+        predicted[some] = similarity.argmax(-1)
         nearest = similarity.topk(min(TOP, len(classes)), dim=1).indices
         in_top[some] = (nearest == labels[some, None]).any(1)
+    hits = predicted == labels
     pictures, found = (torch.bincount(x, minlength=len(classes)).tolist() for x in (labels, labels[hits]))
     by_class = [100 * hit / n if n else None for hit, n in zip(found, pictures, strict=True)]
     details = {f"top{TOP}": percent(in_top), "mean_per_class_recall": mean(by_class)}
-    return replace(proportion("accuracy", hits), details=details, by_class=by_class)
+    score = proportion("accuracy", hits)
+    return replace(score, details=details, by_class=by_class, predicted=predicted.tolist())
 
 
 def recall(images: Tensor, texts: Tensor, owner: Tensor) -> Score:

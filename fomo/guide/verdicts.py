@@ -197,7 +197,8 @@ class Outcome:
         others, step = list(curves.values()), PER_PLANE - 1
         groups = [[*others[i : i + step], *always] for i in range(0, max(len(others), 1), step)]
         salts = (f"{self.study.name}{i}" for i in range(len(groups)))
-        return [picture(plane_figure, g, salt) for g, salt in zip(groups, salts, strict=True) if g]
+        title = f"{self.study.title}: learned (up) against kept (right)"
+        return [picture(plane_figure, g, title, salt) for g, salt in zip(groups, salts, strict=True) if g]
 
 
 def shown(of_runs: np.ndarray) -> str:

@@ -55,6 +55,15 @@ def as_rows(columns: Columns) -> list[list[str]]:
     return [list(known), *map(list, zip(*known.values(), strict=True))]
 
 
+def folded(rows: list[list[str]], ends: int) -> list[list[str]]:
+    """A long table without its middle: the head, so many rows at either end, and how many are between."""
+    left_out = len(rows) - 1 - 2 * ends
+    if left_out < 2:
+        return rows
+    between = [f"… {left_out:,} between …", *[""] * (len(rows[0]) - 1)]
+    return [*rows[: ends + 1], between, *rows[-ends:]]
+
+
 def as_csv(columns: Columns) -> str:
     """The same columns as CSV, unrounded; of several runs the mean, and beside it its `sd`; unknown is empty."""
     plain: dict[str, Sequence] = {}

@@ -3,10 +3,8 @@
 import math
 from dataclasses import replace
 
-from fomo.report.run_records import Group, Record
+from fomo.report.run_records import SCORE_OF, Group, Record
 from fomo.runs.logs import is_same_set, scored_sets
-
-MEANS = {"ka": "adaptation", "zs": "evaluation"}  # score -> the role of the sets that it is the mean over
 
 
 def comparable(groups: list[Group]) -> tuple[list[Group], str]:
@@ -42,7 +40,7 @@ def on_sets(record: Record, names: list[str], whole: bool) -> Record:
 def means_over(scores: dict[str, float], names: list[str], roles: dict[str, str]) -> dict[str, float | None]:
     """KA, ZS and GM of some of the sets, as eval/zero_shot.py has them of all."""
     means: dict[str, float | None] = {}
-    for key, role in MEANS.items():
+    for key, role in SCORE_OF.items():
         of_role = [scores[name] for name in names if roles[name] == role and name in scores]
         means[key] = sum(of_role) / len(of_role) if of_role else None
     both = None not in means.values()
@@ -52,7 +50,7 @@ def means_over(scores: dict[str, float], names: list[str], roles: dict[str, str]
 def left_out(groups: list[Group], tested: list[dict], names: list[str], common: list[str]) -> str:
     """What the scores are means over, and which sets of which runs are not among it."""
     over = []
-    for key, role in MEANS.items():
+    for key, role in SCORE_OF.items():
         sets = [name for name in common if tested[0][name][0] == role]
         over.append(f"{key.upper()} over {', '.join(sets)}" if sets else f"{key.upper()} is n/a, over no set")
     others = []

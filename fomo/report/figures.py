@@ -78,6 +78,17 @@ class Curve:
     joint: bool = False  # the joint upper bound: everything at once; its end counts, not its way
     within: Within = NONE_WITHIN
 
+    @property
+    def known(self) -> list[str]:
+        """Of "ka", "zs", "gm" those that have a value."""
+        return [key for key in SCORES if np.isfinite(self.mean[key]).any()]
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """(ZS, KA) of the updates that have both."""
+        points = np.stack([self.mean["zs"], self.mean["ka"]], axis=1)
+        return [(zs, ka) for zs, ka in points.tolist() if np.isfinite(zs + ka)]
+
 
 @dataclass(frozen=True)
 class Training:
@@ -228,7 +239,7 @@ def scores_figure(curves: list[Curve]) -> Figure:
     "frozen features", of a single curve: what ridge regression on the features of the model that it began with
     reaches, over its own sets.
     """
-    known = [key for key in SCORES if any(np.isfinite(curve.mean[key]).any() for curve in curves)] or ["ka"]
+    known = [key for key in SCORES if any(key in curve.known for curve in curves)]
     figure, panels = new_figure(height=0.4 + 1.7 * len(known), rows=len(known), sharex=True)
     frozen = curves[0] if len(curves) == 1 and curves[0].frozen is not None else None
     for axes, key in zip(panels, known, strict=True):
@@ -294,6 +305,18 @@ def sweep_figure(rows: list[dict]) -> Figure:
             axes.plot(values, y, label=score.upper(), **line_style(index, len(rows)))
     axes.set(xlabel=key, ylabel="percent")
     legend_below(axes, columns=3)
+    return figure
+
+
+def worth_figure(found: tuple[list[dict], float | None]) -> Figure:
+    """The scores over `keep`, and where on the curve the deployed model is; None where it is not on it."""
+    rows, deployed = found
+    figure = sweep_figure(rows)
+    (axes,) = figure.axes
+    if deployed is not None:
+        axes.axvline(deployed, color="#555555", linestyle=":", linewidth=1.4, zorder=1)
+        place = {"xycoords": ("data", "axes fraction"), "ha": "left" if deployed < 0.5 else "right"}
+        axes.annotate(f"deployed: keep {deployed:g}", (deployed, 1.02), fontsize=9, **place)
     return figure
 
 

@@ -8,6 +8,7 @@ deviation as spread. The page embeds its figures as SVG and fetches nothing; the
 Shapes: R runs of a group, U updates that all of them have reached.
 """
 
+import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -18,12 +19,13 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from fomo.atomic import write_atomically
 from fomo.errors import UserError
-from fomo.report.columns import Columns, Values, as_csv, as_rows, number
+from fomo.report.classes import classes_table, confusions_table, examples, not_shown, taken
+from fomo.report.columns import Columns, Values, as_csv, as_rows, folded, number
 from fomo.report.common_sets import comparable
 from fomo.report.figures import (
     SCORES,
@@ -34,12 +36,11 @@ from fomo.report.figures import (
     render,
     scores_figure,
     stream_figure,
-    sweep_figure,
     training_figure,
+    worth_figure,
 )
 from fomo.report.run_records import Group, group_runs, read_run
 from fomo.report.worth import verdict, worth_table
-from fomo.runs.logs import evaluations
 from fomo.text import plural
 
 SCORED = "the test samples scored during the run"  # a subset, unless the recipe or small sets say otherwise
@@ -79,10 +80,19 @@ class Card:
 
     title: str
     note: str = ""
+    lead: str = ""  # what comes first, a sentence
+    command: str = ""  # that follows from it
     tiles: Sequence[tuple[str, str, str]] = ()  # (what, its values, their change)
     figures: Sequence[Markup] = ()
     tables: Sequence[list[list[str]]] = ()  # rows of cells, the first is the head
+    pictures: Sequence[tuple[str, list[tuple[str, str]]]] = ()  # (heading, [(URI of a picture, what it is)])
     folded: str = ""  # a text that is shown when asked for
+
+    def card(self) -> "Card":
+        return self
+
+    def files(self) -> dict[str, bytes]:
+        return {}
 
 
 def html_page(title: str, rows: list[list[Card]], *, prose: bool = False) -> bytes:
@@ -90,15 +100,20 @@ def html_page(title: str, rows: list[list[Card]], *, prose: bool = False) -> byt
     return TEMPLATES.get_template("page.html").render(title=title, rows=rows, prose=prose).encode()
 
 
-def picture(draw: Callable[[Any], Figure], what: Any, salt: str = "") -> Markup:
+def picture(draw: Callable[[Any], Figure], what: Any, title: str, salt: str = "") -> Markup:
     """A figure as part of a page."""
-    return inline(render(draw, what, "svg", salt))
+    return inline(render(draw, what, "svg", salt), title)
 
 
-def inline(svg: bytes) -> Markup:
-    """An SVG file without the XML header, which HTML does not have, and without ids that repeat in each figure."""
+def inline(svg: bytes, title: str) -> Markup:
+    """An SVG file without the XML header, which HTML does not have, and without ids that repeat in each figure.
+
+    title: what a screen reader says instead.
+    """
     text = svg.decode()
-    return Markup(re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", text[text.index("<svg") :]))
+    head, body = text[text.index("<svg") :].split(">", 1)
+    body = re.sub(r'(<\w+) id="[\w.]+_\d+"', r"\1", body)
+    return Markup(f'{head} role="img"><title>{escape(title)}</title>{body}')
 
 
 @dataclass(frozen=True)
@@ -120,7 +135,7 @@ class Plot:
         return render(self.draw, self.what, "png")
 
     def card(self) -> Card:
-        return Card(self.title, self.note, figures=[inline(self.svg)])
+        return Card(self.title, self.note, figures=[inline(self.svg, self.title)])
 
     def files(self) -> dict[str, bytes]:
         return {f"{self.name}.svg": self.svg, f"{self.name}.png": self.png}
@@ -132,43 +147,45 @@ class Table:
     title: str
     columns: Columns
     note: str = ""
+    ends: int | None = None  # the page has so many rows from either end, the file all
 
     def card(self) -> Card:
-        return Card(self.title, self.note, tables=[as_rows(self.columns)])
+        rows = as_rows(self.columns)
+        return Card(self.title, self.note, tables=[folded(rows, self.ends) if self.ends else rows])
 
     def files(self) -> dict[str, bytes]:
         return {f"{self.name}.csv": as_csv(self.columns).encode()}
 
 
 def write_report(folders: list[Path], out: Path | None = None) -> Path:
-    """Write the report of the runs, and plane.png beside it; return the report's path.
+    """Write the report of the runs, and plane.png beside it if there is a plane; return the report's path.
 
     With `out`, its figures and tables are files in a folder beside it, too.
     """
     once = {Path(folder).resolve(): folder for folder in folders}  # a run named twice would hide the spread
     groups = group_runs([read_run(folder) for folder in once.values()])
     compared, left_out = comparable(groups)
-    overview = compare(compared, left_out)
-    parts: list[Plot | Table] = [*overview]
-    if len(groups) == 1:
-        first = headline(groups[0])
-    else:
-        note = f"{SUMMARY} {left_out}".strip()
-        parts.append(Table("summary", "Before and after", summary_table(compared), note))
-        first = parts[-1].card()
     if left_out:
         print(left_out, file=sys.stderr)
-    rows = [[first], [plot.card() for plot in overview]]
-    for i, group in enumerate(groups, 1):
-        slug = re.sub("[^0-9A-Za-z]+", "-", group.label).strip("-")
-        prefix = f"{i}-{slug}-" if len(groups) > 1 else ""
-        plots, tables = plots_of(group, prefix), tables_of(group, prefix)
-        rows += [[plot.card() for plot in plots], *([table.card()] for table in tables), [recipe_of(group)]]
-        parts += [*plots, *tables]
+    overview = compare(compared, left_out)
+    if len(groups) == 1:
+        (group,) = groups
+        rows = [[headline(group)], worth_of(group, ""), overview]
+        rows += [classes_of(group, ""), *details_of(group, "")]
+    else:
+        note = f"{SUMMARY} {left_out}".strip()
+        rows = [[Table("summary", "Before and after", summary_table(compared), note)], overview]
+    for i, group in enumerate(groups if len(groups) > 1 else [], 1):
+        prefix = f"{i}-{re.sub('[^0-9A-Za-z]+', '-', group.label).strip('-')}-"
+        lead, command = verdict(group)
+        rows += [[Card(group.label, lead=lead, command=command)]] if lead else []
+        rows += [worth_of(group, prefix), classes_of(group, prefix), *details_of(group, prefix)]
     page = Path(out) if out else Path(folders[0]) / "report.html"
-    write(page, html_page(", ".join(group.label for group in groups), rows))
-    write(page.with_name("plane.png"), overview[0].png)
-    for part in parts if out else []:
+    title = ", ".join(group.label for group in groups)
+    write(page, html_page(title, [[part.card() for part in row] for row in rows if row]))
+    for plane in [part for part in overview if part.name == "plane"]:
+        write(page.with_name("plane.png"), plane.png)
+    for part in itertools.chain(*rows) if out else []:
         for name, content in part.files().items():
             write(page.with_name(f"{page.stem}_files") / name, content)
     return page
@@ -183,37 +200,75 @@ def write(path: Path, content: bytes) -> None:
 
 
 def compare(groups: list[Group], left_out: str = "") -> list[Plot]:
-    """All groups in one plane, and their scores. One that learned at once what others do in turn bounds them."""
+    """All groups in one plane, and their scores. One that learned at once what others do in turn bounds them.
+
+    Of one update nothing is drawn that its two numbers do not say.
+    """
     longer = [group.taught for group in groups if group.planned > 1]
     curves = [
         group.curve(joint=group.planned == group.updates[-1] == 1 and group.taught in longer)
         for group in groups
     ]
-    small = ", small ones within updates" if any(len(curve.within.positions) for curve in curves) else ""
+    within = any(len(curve.within.positions) for curve in curves)
+    small = ", small ones within updates" if within else ""
     note = f"One point per update{small}, on {SCORED}. {left_out}".strip()
-    return [
-        Plot("plane", "Learned (up) against kept (right)", plane_figure, curves, note),
-        Plot("scores", "Scores over updates", scores_figure, curves, note),
-    ]
+    plots = []
+    if len({point for curve in curves for point in curve.points}) > 1:
+        plots.append(Plot("plane", "Learned (up) against kept (right)", plane_figure, curves, note))
+    if any(curve.known and (len(curve.updates) > 2 or within) for curve in curves):
+        plots.append(Plot("scores", "Scores over updates", scores_figure, curves, note))
+    return plots
+
+
+def worth_of(group: Group, prefix: str) -> list[Plot | Table]:
+    """What else could have been done: the curve, and the table beside it."""
+    curve, title = group.keep_curve(), f"{group.label}: was the last update worth it?"
+    if curve is None:
+        return []
+    rows = [{"keep": keep, **{k: v.mean() for k, v in scores.items()}} for keep, scores in curve.items()]
+    plot = Plot(prefix + "worth", title, worth_figure, (rows, group.deployed_keep), WORTH)
+    return [plot, Table(prefix + "worth", title, worth_table(group), f"Percent, on {SCORED}.")]
+
+
+def classes_of(group: Group, prefix: str) -> list[Table | Card]:
+    """What became of the classes; confusions of the first run, and pictures where it is alone on the page."""
+    first, row = group.records[0], []
+    note = f"Percent of the n pictures of a class among {SCORED}. {not_shown(first)}".strip()
+    if classes := classes_table(group):
+        row.append(Table(prefix + "classes", f"{group.label}: classes", classes, note, ends=20))
+    pictures = taken(first)
+    shown, missing = examples(first, [] if prefix else pictures)
+    if shown:
+        note = "What a picture shows, and what it was taken for before or is taken for now."
+        title = f"{first.name}: pictures that were won and lost"
+        row.append(Card(title, f"{note} {missing}".strip(), pictures=shown))
+    if confusions := confusions_table(pictures):
+        title, note = f"{first.name}: confusions that grew most", "Numbers of test pictures before and after."
+        row.append(Table(prefix + "confusions", title, confusions, note))
+    return row
+
+
+def details_of(group: Group, prefix: str) -> list[list[Plot | Table | Card]]:
+    """A row of figures, a row for each table, and the recipe."""
+    tables = [[table] for table in tables_of(group, prefix)]
+    return [plots_of(group, prefix), *tables, [recipe_of(group)]]
 
 
 def plots_of(group: Group, prefix: str) -> list[Plot]:
-    """One recipe's datasets, training, stream and budget, as far as the runs say them."""
-    first, found = group.records[0], []
-    if len(group.updates) > 1:
-        changes = [(name, role, np.diff(scores).mean()) for name, role, scores in group.datasets()]
+    """One recipe's datasets, training, stream and budget, as far as the runs say them and there are several."""
+    first, found, several = group.records[0], [], len(group.updates) > 2
+    changes = [(name, role, np.diff(scores).mean()) for name, role, scores in group.datasets()]
+    if len(group.updates) > 1 and len(changes) > 1:
         found.append(("changes", "change per dataset", datasets_figure, changes, before_and_after(group)))
     runs = [record.training for record in group.records if record.training]
     if runs:
         training = Training(group.rate_curve(), runs)
         found.append(("training", "learning rate and loss", training_figure, training))
-    if stream := first.constants.get("stream"):
+    stream = first.constants.get("stream") or []
+    if len(stream) > 1:
         note = f"The order of {first.name}." if len(group.records) > 1 else ""
         found.append(("stream", "which dataset feeds which update", stream_figure, stream, note))
-    if curve := group.keep_curve():
-        rows = [{"keep": keep, **{k: v.mean() for k, v in scores.items()}} for keep, scores in curve.items()]
-        found.append(("worth", "was the last update worth it?", sweep_figure, rows, WORTH))
-    if spent := group.spent():
+    if several and (spent := group.spent()):
         found.append(("budget", "what each update spent", budget_figure, spent))
     return [Plot(prefix + name, f"{group.label}: {title}", *rest) for name, title, *rest in found]
 
@@ -221,7 +276,6 @@ def plots_of(group: Group, prefix: str) -> list[Plot]:
 def tables_of(group: Group, prefix: str) -> list[Table]:
     scored, note = f"Percent, on {SCORED}.", before_and_after(group)
     found = [
-        ("worth", "was the last update worth it?", worth_table(group), scored),
         ("updates", "updates", updates_table(group), scored),
         ("transfer", "transfer and drift", transfer_table(group), f"{scored} {TRANSFER}"),
         ("costs", "spent so far", costs_table(group), ""),
@@ -236,18 +290,23 @@ def tables_of(group: Group, prefix: str) -> list[Table]:
 
 
 def headline(group: Group) -> Card:
-    """KA, ZS and GM before and after, and how far the run has got."""
+    """Whether it was worth it; KA, ZS and GM, if known, before and after; and how far the run has got."""
     tiles = []
     for key, title in SCORES.items():
         before, after = group.ends(key).T
+        if not np.isfinite([before, after]).any():
+            continue
         values, change = f"{number(before)} → {number(after)}", number(after - before, "+.1f")
         tiles.append((f"{title} ({key.upper()})", values, change))
     done, planned = group.updates[-1], group.planned
     progress = f"after {done} of {plural(planned, 'update')}" + ("" if done == planned else ", unfinished")
     note = f"Percent on {test_sets(group)}, {progress}."
+    words = {key.upper(): group.words(key) for key in ("ka", "zs")}
+    note += "".join(f" {score}: {of}." for score, of in words.items() if of)
     if len(group.records) > 1:
         note += f" Mean ± standard deviation of {group.names}."
-    return Card(group.label, f"{verdict(group)} {note}".strip(), tiles=tiles)
+    lead, command = verdict(group)
+    return Card(group.label, note, lead=lead, command=command, tiles=tiles)
 
 
 def summary_table(groups: list[Group]) -> Columns:
@@ -296,7 +355,7 @@ def transfer_table(group: Group) -> Columns:
         **kinds,
         "forgetting": Values(group.values("transfer", "forgetting").T),
         "drift": Values(group.values("drift").T, ".3f"),
-        **{f"MTIL {kind}": v for kind, v in mtil.items() if v.known},
+        **{f"MTIL {kind}": v for kind, v in mtil.items() if v.known and group.planned > 1},
     }
 
 
@@ -336,11 +395,16 @@ def measures_table(group: Group) -> Columns:
 
 
 def report_run(folder: Path) -> str:
-    """Write the report of a run; -> a line about what came of it."""
+    """Write the report of a run; -> what came of it: the scores in words, what is better, the model, the page."""
     page = write_report([folder])
-    first, *_, last = evaluations(folder)
-    known = [key for key in ("ka", "zs") if first[key] is not None]
-    changes = ", ".join(f"{key.upper()} {first[key]:.1f} -> {last[key]:.1f}" for key in known) or "no scores"
-    updates = last["update"] - first["update"]
-    line = f"{changes} in {plural(updates, 'update')}; report: {page}"
-    return "\n".join(filter(None, [line, verdict(group_runs([read_run(folder)])[0])]))
+    (group,) = group_runs([read_run(folder)])
+    first, *_, last = group.lines[0]
+    updates = plural(last["update"] - first["update"], "update")
+    changes = []
+    for key in [key for key in ("ka", "zs") if first[key] is not None]:
+        change = f"{key.upper()} {first[key]:.1f} -> {last[key]:.1f} in {updates}"
+        changes.append(": ".join(filter(None, [change, group.words(key)])))
+    changes = changes or [f"no scores in {updates}"]
+    sentence, command = verdict(group)
+    lines = [*changes, sentence, command and f"  {command}", f"model: {folder / 'model'}", f"report: {page}"]
+    return "\n".join(filter(None, lines))

@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from fomo.errors import UserError
+from fomo.eval.meaning import in_words
 from fomo.report.columns import deviation
 from fomo.report.figures import SCORES, Curve, Within
 from fomo.runs.logs import read_lines, read_text, refuse_missing
 from fomo.schedules import RateCurve, Schedule
 from fomo.schema import build, read_yaml
 
+SCORE_OF = {"ka": "adaptation", "zs": "evaluation"}  # the role of the sets that a score is the mean over
 LIMITS = {"mafs": "MAFs", "seconds": "seconds", "steps": "steps"}  # of a budget, the strictest first
 
 
@@ -31,13 +33,31 @@ LIMITS = {"mafs": "MAFs", "seconds": "seconds", "steps": "steps"}  # of a budget
 class Record:
     """What a run folder says, as far as the run has got."""
 
-    name: str
+    folder: Path  # as it was named
     recipe: dict
     recipe_text: str
     constants: dict  # "roles", "stream", "allowed"
     evaluations: dict[int, dict]  # update -> its line of metrics.jsonl; update 0 is the untouched model
     within: dict[tuple[int, int], dict]  # (updates, steps of the next one) that were done -> its line
     training: list[dict]  # lines of train.jsonl
+
+    def by_class(self, update: int) -> dict[str, list[float | None]]:
+        """dataset -> percent of each class after an update; nothing in older runs.
+
+        A file has a line for each evaluation, of which some have a number for thousands of classes.
+        """
+        path = self.folder / "concepts.jsonl"
+        lines = read_text(path).splitlines() if path.exists() else []
+        place = list(self.evaluations).index(update)
+        try:
+            line = json.loads(lines[place]) if place < len(lines) else {}
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {place + 1} is not JSON: {error}") from None
+        return line["datasets"] if line.get("update") == update else {}
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name  # resolved, because the name of "." is empty
 
 
 def read_run(folder: Path) -> Record:
@@ -49,7 +69,7 @@ def read_run(folder: Path) -> Record:
         raise UserError(f"{folder / 'metrics.jsonl'}: empty, the run has not been evaluated yet")
     training = folder / "train.jsonl"
     return Record(
-        name=folder.resolve().name,  # resolved, because the name of "." is empty
+        folder=folder,
         recipe=read_yaml(folder / "recipe.yaml"),
         recipe_text=read_text(folder / "recipe.yaml"),
         constants=read_constants(folder / "run.json", lines[0]),
@@ -128,6 +148,13 @@ class Group:
             return None
         return np.array([[of_run[update] for update in self.updates] for of_run in known])
 
+    def words(self, score: str) -> str:
+        """What KA or ZS is the mean over; nothing in older runs, which do not say it."""
+        constants = self.records[0].constants
+        tasks, tested, role = constants.get("tasks"), constants.get("tested"), SCORE_OF[score]
+        sets = [(n, tasks[n], tested[n]) for n, its in constants["roles"].items() if its == role and tested]
+        return in_words(sets) if sets else ""
+
     @property
     def whole(self) -> bool:
         """Whether the first and the last scores exist for the whole test sets, beside the subset's."""
@@ -171,6 +198,23 @@ class Group:
             keep: {key: np.array([row[key] for row in rows], float) for key in SCORES}
             for keep, rows in points
         }
+
+    @property
+    def deployed_keep(self) -> float | None:
+        """Where on that curve the deployed model is; None of a merge that is not on it."""
+        method = self.records[0].recipe["method"]
+        if method["name"] != "merge":
+            return 0.0
+        keep = method.get("keep")
+        return keep if self.interpolates and isinstance(keep, int | float) else None
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether each update ends with the interpolation that `method.keep` is the share of."""
+        usual = {"name": "merge", "rule": "interpolate", "first_ema": "merged"}
+        usual |= dict.fromkeys(("init", "deploy", "partner"), "ema")
+        method = self.records[0].recipe["method"]
+        return all(method.get(field, value) == value for field, value in usual.items())
 
     @property
     def planned(self) -> int:

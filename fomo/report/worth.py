@@ -1,5 +1,7 @@
 """Was the last update worth it? What else could have been done with it, beside what was deployed."""
 
+import shlex
+
 import numpy as np
 
 from fomo.report.columns import Columns, Values
@@ -33,23 +35,24 @@ def worth_table(group: Group) -> Columns:
     return {"instead": list(rows), **columns}
 
 
-def verdict(group: Group) -> str:
+def verdict(group: Group) -> tuple[str, str]:
     """A sentence: whether anything else that was scored is better, by GM, or by KA where nothing must be kept.
+    And the command that leads to it, if there is one. Nothing of a run that scored nothing beside.
 
     Better is what differs by more than the standard error of KA that comes of the few test pictures.
     """
     rows = choices(group)
     if not rows:
-        return ""
+        return "", ""
     key = "gm" if np.isfinite(group.values("gm")[:, -1]).all() else "ka"
     deployed, error = group.values(key)[:, -1].mean(), standard_error(group)
     scored = {what: scores[key].mean() for what, scores in rows.items() if key in scores}
     best = max(scored, key=scored.get)
     nothing = next(value for what, value in scored.items() if what.startswith(NOTHING))
-    found = f"{key.upper()} {deployed:.1f}, doing nothing {nothing:.1f}"
+    found = f"Was it worth it? {key.upper()} {deployed:.1f}, doing nothing {nothing:.1f}"
     if scored[best] > deployed + error:
-        return f"Was it worth it? {found}; better: {best}, {scored[best]:.1f}{how_to(best)}."
-    return f"Was it worth it? {found}; nothing else that was scored is clearly better."
+        return f"{found}; better: {best}, {scored[best]:.1f}.", how_to(best, group)
+    return f"{found}; nothing else that was scored is clearly better.", ""
 
 
 def standard_error(group: Group) -> float:
@@ -60,9 +63,17 @@ def standard_error(group: Group) -> float:
     return float(np.sqrt(np.square(errors).sum()) / len(learnt))
 
 
-def how_to(choice: str) -> str:
-    """The way to a better choice, where a command leads there."""
-    if "keep " not in choice or choice.startswith(NOTHING):
+def how_to(choice: str, group: Group) -> str:
+    """The command that leads to a better choice; of several runs, for the first. None leads to ridge regression.
+
+    A child run's recipe cannot be run again without its parent, and `continue` takes no other keep.
+    """
+    run, child = str(group.records[0].folder), group.updates[0] > 0
+    if choice.startswith(NOTHING):
+        before = str(group.updates[-2])
+        return shlex.join(["python", "fomo.py", "rollback", run, "--to", before])
+    if choice == RIDGE or child or not group.interpolates:
         return ""
     keep = choice.rpartition("keep ")[2].rstrip(")")
-    return f"; the same command with --set method.keep={keep} and another --out makes it"
+    words = ["--recipe", f"{run}/recipe.yaml", "--set", f"method.keep={keep}", "--out", f"{run}-keep{keep}"]
+    return shlex.join(["python", "fomo.py", "update", *words])

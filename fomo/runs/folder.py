@@ -36,7 +36,7 @@ from fomo.text import plural
 
 FORMAT = 1  # of a run folder: raised when an older fomo could not go on with it
 KEPT_CHECKPOINTS = 2
-LOGS = ("metrics.jsonl", "concepts.jsonl", "train.jsonl")
+LOGS = ("metrics.jsonl", "concepts.jsonl", "predictions.jsonl", "train.jsonl")
 
 
 @dataclass

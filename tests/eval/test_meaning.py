@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fomo.eval.meaning import FEW, RECALL_AT, meaning, near_chance
+from fomo.eval.meaning import FEW, RECALL_AT, in_words, meaning, near_chance
 from fomo.eval.zero_shot import recall
 
 PHOTOS, CAPTIONS = ("photos", "classification", 40), ("captions", "retrieval", 50)
@@ -30,6 +30,30 @@ PHOTOS, CAPTIONS = ("photos", "classification", 40), ("captions", "retrieval", 5
 )
 def test_ka_is_said_in_a_line(sets, told):
     assert meaning("KA", iter(sets)) == told
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        (
+            [("photos", "classification", [12] * 4)],
+            "accuracy on 4 classes of photos, 12 held-out pictures each",
+        ),
+        (
+            [("shop", "classification", [1, 3, 2])],
+            "accuracy on 3 classes of shop, 1 to 3 held-out pictures each",
+        ),
+        ([("one", "classification", [1])], "accuracy on 1 class of one, 1 held-out picture each"),
+        ([("gaps", "classification", [0, 1])], "accuracy on 2 classes of gaps, 0 to 1 held-out picture each"),
+        ([("coco", "retrieval", [5000])], "recall@5 among 5,000 pictures on coco"),
+        (
+            [("a", "classification", [2, 2]), ("b", "retrieval", [9])],
+            "accuracy on a; recall@5 among 9 pictures on b; the mean of 2 sets",
+        ),
+    ],
+)
+def test_a_score_is_said_with_classes_and_pictures(sets, told):
+    assert in_words(sets) == told
 
 
 @pytest.mark.parametrize("pictures", [1, 2, 4, 5, 6, 12, 19, 20, 50])

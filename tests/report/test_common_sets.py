@@ -81,11 +81,13 @@ def test_without_a_common_set_of_a_role_its_score_is_unknown_and_that_is_said(tm
     text = write_report(folders[:2]).read_text()
     assert "KA is n/a, over no set; ZS over noisy. Left out: cats (only r0), dogs (only r1)." in text
     assert "KA" not in Page(text).rows[0] and "ZS" in Page(text).rows[0]
-    plane, scores_plot = report.compare(report.comparable(groups_of(*folders[:2]))[0])
-    assert "r0, r1: no KA or no ZS" in figure_of(plane.draw, plane.what).axes[0].get_title("left")
+    (scores_plot,) = report.compare(report.comparable(groups_of(*folders[:2]))[0])
+    plane = figure_of(figures.plane_figure, scores_plot.what)
+    assert "r0, r1: no KA or no ZS" in plane.axes[0].get_title("left")
     assert len(figure_of(scores_plot.draw, scores_plot.what).axes) == 1
     assert "KA is n/a, over no set; ZS is n/a, over no set." in write_report(folders).read_text()
     assert "n/a" in capsys.readouterr().err
+    assert report.compare(report.comparable(groups_of(*folders))[0]) == []
 
 
 def test_whole_test_sets_are_compared_only_with_whole_ones(tmp_path):

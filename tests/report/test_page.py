@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from run_folders import ROLES, Page, curves_of, figure_of, groups_of, make_run, metrics, write_lines
 
 from fomo.errors import UserError
@@ -70,7 +71,8 @@ def test_a_run_that_has_only_begun_is_reported(tmp_path):
     run = make_run(tmp_path / "run", reached=0)
     (run / "train.jsonl").unlink()
     text = write_report([run]).read_text()
-    assert "after 0 of 3 updates, unfinished" in text and text.count("<svg") == 2
+    assert "after 0 of 3 updates, unfinished" in text and "<svg" not in text
+    assert not (run / "plane.png").exists()
 
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path):
@@ -187,10 +189,60 @@ def test_without_evaluation_sets_there_is_knowledge_accumulation_only(tmp_path):
     run = make_run(tmp_path / "run", roles={"photos": "adaptation"})
     assert write_report([run]).exists()
     (group,) = groups_of(run)
-    assert [tile[1] for tile in report.headline(group).tiles[1:]] == ["n/a → n/a"] * 2
+    assert [tile[0] for tile in report.headline(group).tiles] == ["knowledge accumulation (KA)"]
+    assert [plot.name for plot in report.compare([group])] == ["scores"] and not (run / "plane.png").exists()
     assert as_rows(report.updates_table(group))[0] == ["update", "KA"]
     assert len(figure_of(figures.scores_figure, [group.curve()]).axes) == 1
     assert "not drawn" in figure_of(figures.plane_figure, [group.curve()]).axes[0].get_title("left")
+
+
+def with_keeps(run: Path) -> Path:
+    """As of a run that scored what else could have been done."""
+    *others, last = metrics(run)
+    keeps = [{"keep": keep, "ka": 80 - 40 * keep, "zs": 50.0, "gm": 60.0} for keep in (0.0, 0.5)]
+    write_lines(run, [*others, {**last, "keeps": keeps}])
+    return run
+
+
+def test_of_one_update_is_shown_what_there_is_and_the_verdict_first(tmp_path):
+    run = with_keeps(make_run(tmp_path / "photos", updates=1, roles={"photos": "adaptation"}, new=True))
+    text = write_report([run]).read_text()
+    assert text.count("<svg") == 2  # the curve, and how it was trained
+    assert text.index('class="lead">Was it worth it? ') < text.index('class="tiles"') < text.index("<svg")
+    assert text.index("<svg") < text.index("plain finetuning (keep 0)<") < text.index("learning rate<")
+    both = make_run(tmp_path / "b", updates=1, new=True)
+    assert [plot.name for plot in report.compare(groups_of(both))] == ["plane"]
+
+
+@pytest.mark.parametrize(
+    ("method", "deployed"),
+    [
+        ({"name": "finetune"}, 0),
+        ({"name": "lora", "rank": 4}, 0),
+        ({"name": "merge", "keep": 0.7}, 0.7),
+        ({"name": "merge", "rule": "slerp", "keep": 0.7}, None),
+        ({"name": "merge", "init": "zeroshot", "keep": 0.7}, None),
+        ({"name": "merge", "partner": "base", "keep": 0.7}, None),
+    ],
+)
+def test_the_deployed_model_is_marked_where_it_is_on_the_curve(tmp_path, method, deployed):
+    run = with_keeps(make_run(tmp_path / "run"))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "method": method}))
+    plot, _ = report.worth_of(*groups_of(run), "")
+    (axes,) = figure_of(plot.draw, plot.what).axes
+    marks = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+    assert marks == [] if deployed is None else marks == [deployed]
+
+
+def test_every_figure_and_table_head_says_what_it_is(tmp_path):
+    folders = [
+        with_keeps(make_run(tmp_path / name, name=name, new=True)) for name in ("<b>merge", "finetune")
+    ]
+    text = write_report(folders).read_text()
+    titled = re.findall(r'<svg [^>]*role="img"><title>([^<]+)</title>', text)
+    assert len(titled) == text.count("<svg") == 12 and "&lt;b&gt;merge: learning rate and loss" in titled
+    assert re.findall(r"<th(?! scope)[ >]", text) == []
 
 
 def test_only_the_plane_is_beside_the_report_and_it_carries_no_date(finished):

@@ -1,5 +1,6 @@
 """The verdict on an update: better is what differs by more than the few test pictures explain."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from fomo.report.worth import standard_error, verdict, worth_table
 
 
-def group(deployed, curve, ridge=None, zs=None, error=3.0, sets=("photos",)):
+def group(deployed, curve, ridge=None, zs=None, error=3.0, sets=("photos",), **more):
     """curve: keep -> KA; zs: of everything, so that GM is known."""
+    constants = {"roles": dict.fromkeys(sets, "adaptation")}
+    usual = {"updates": [0, 1], "interpolates": True, **more}
 
     def scores(ka):
         gm = np.nan if zs is None else (ka * zs) ** 0.5
@@ -24,7 +27,8 @@ def group(deployed, curve, ridge=None, zs=None, error=3.0, sets=("photos",)):
         keep_curve=lambda: curve and {keep: scores(ka) for keep, ka in curve.items()},
         frozen=lambda: None if ridge is None else np.array([[0.0, ridge]]),
         values=values,
-        records=[SimpleNamespace(constants={"roles": dict.fromkeys(sets, "adaptation")})],
+        records=[SimpleNamespace(constants=constants, folder=Path("my runs/photos"))],
+        **usual,
     )
 
 
@@ -32,30 +36,45 @@ CURVE = {0.0: 44.0, 0.5: 33.0, 1.0: 20.0}
 
 
 def test_a_better_choice_is_named_with_the_way_to_it():
-    text = verdict(group(33.0, CURVE, ridge=37.0))
-    said = "Was it worth it? KA 33.0, doing nothing 20.0; better: plain finetuning (keep 0), 44.0; "
-    assert text.startswith(said) and "--set method.keep=0" in text
-    assert "better: ridge regression on frozen features, 50.0." in verdict(group(33.0, CURVE, ridge=50.0))
+    text, command = verdict(group(33.0, CURVE, ridge=37.0))
+    assert text == "Was it worth it? KA 33.0, doing nothing 20.0; better: plain finetuning (keep 0), 44.0."
+    again = "--recipe 'my runs/photos/recipe.yaml' --set method.keep=0 --out 'my runs/photos-keep0'"
+    assert command == f"python fomo.py update {again}"
+    text, command = verdict(group(33.0, {0.0: 33.0, 0.25: 44.0, 1.0: 20.0}))
+    assert "better: interpolated: keep 0.25, 44.0." in text and "--set method.keep=0.25 --out" in command
 
 
-def test_that_doing_nothing_is_better_is_said():
-    assert "better: doing nothing (keep 1), 60.0." in verdict(group(33.0, {0.0: 30.0, 1.0: 60.0}))
+@pytest.mark.parametrize(
+    ("ridge", "more"), [(50.0, {}), (None, {"updates": [3, 4]}), (None, {"interpolates": False})]
+)
+def test_no_command_is_given_where_none_leads_there(ridge, more):
+    """To ridge regression; in a child, whose recipe does not run alone; under a method without `keep`."""
+    text, command = verdict(group(33.0, CURVE, ridge=ridge, **more))
+    better = "ridge regression on frozen features, 50.0" if ridge else "plain finetuning (keep 0), 44.0"
+    assert text.endswith(f"; better: {better}.") and command == ""
+
+
+@pytest.mark.parametrize("updates", [[0, 1], [3, 4], [0, 1, 20]])
+def test_that_doing_nothing_is_better_is_said_with_the_way_back(updates):
+    text, command = verdict(group(33.0, {0.0: 30.0, 1.0: 60.0}, updates=updates))
+    assert "better: doing nothing (keep 1), 60.0." in text
+    assert command == f"python fomo.py rollback 'my runs/photos' --to {updates[-2]}"
 
 
 @pytest.mark.parametrize("best", [30.0, 33.0, 35.9])
 def test_within_the_standard_error_nothing_is_clearly_better(best):
-    text = verdict(group(33.0, {0.0: best, 1.0: 20.0}))
-    assert text.endswith("nothing else that was scored is clearly better.")
+    text, command = verdict(group(33.0, {0.0: best, 1.0: 20.0}))
+    assert text.endswith("nothing else that was scored is clearly better.") and command == ""
 
 
 def test_where_something_must_be_kept_gm_decides_and_ridge_has_none():
-    text = verdict(group(33.0, CURVE, ridge=99.0, zs=50.0))
+    text, _ = verdict(group(33.0, CURVE, ridge=99.0, zs=50.0))
     said = "Was it worth it? GM 40.6, doing nothing 31.6; better: plain finetuning (keep 0), 46.9"
     assert text.startswith(said)
 
 
 def test_a_run_that_scored_nothing_beside_has_no_verdict_and_the_table_has_a_row_for_each():
-    assert verdict(group(33.0, None)) == "" and worth_table(group(33.0, None)) == {}
+    assert verdict(group(33.0, None)) == ("", "") and worth_table(group(33.0, None)) == {}
     assert worth_table(group(33.0, CURVE, ridge=37.0))["instead"] == [
         "doing nothing (keep 1)",
         "ridge regression on frozen features",
