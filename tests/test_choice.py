@@ -27,6 +27,7 @@ from fomo.datasets.eval_sets import open_tests
 from fomo.errors import Interrupted, UserError
 from fomo.eval.zero_shot import Scores, evaluate
 from fomo.methods.merge import KEEPS
+from fomo.report.page import write_report
 
 EMA = "{name: merge, init: ema, deploy: ema, rule: interpolate, keep: auto}"
 SETTINGS = (f"method={EMA}", "optimizer.lr=3e-3", "stream.updates=2", "budget.steps=10")
@@ -88,6 +89,13 @@ def test_what_is_deployed_is_what_scored_best(small_scale, chosen):
         tests = open_tests(data, clip, clip.image_size, "validation")
         again, _ = evaluate(clip, tests, {test.name: test.usable for test in tests}, CPU)
         assert (again.ka, again.zs) == pytest.approx((best["ka"], best["zs"]))
+
+
+def test_the_report_says_what_was_chosen_and_draws_all_that_was_tried(chosen):
+    best = chosen[1][-1]["choice"]["chosen"]
+    page = write_report([chosen[0]]).read_text()
+    assert "what was chosen" in page and f"keep {best['keep']:g} after step {best['step']}" in page
+    assert all(f"after step {step}" in page for step in (3, 5, 8, 10))
 
 
 def test_the_share_is_that_of_an_interpolation_with_the_tuned_model(small_scale, tmp_path, monkeypatch):

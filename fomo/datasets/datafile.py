@@ -146,7 +146,9 @@ class Entry:
         self.show_notes(whole, "train")
         test = holdout_mask(whole, self.spec["holdout"])
         if not test.any():
-            problem = "no class has two different pictures, so none can be held out for testing; name a test split"
+            problem = (
+                "no class has two different pictures, so none can be held out for testing; name a test split"
+            )
             raise UserError(f"{self.file}: {self.where}.holdout: {problem}")
         return Part(whole, np.flatnonzero(test if split == "test" else ~test))
 

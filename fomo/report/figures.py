@@ -320,6 +320,25 @@ def worth_figure(found: tuple[list[dict], float | None]) -> Figure:
     return figure
 
 
+def choice_figure(choice: dict) -> Figure:
+    """GM on validation pictures over `keep`, a line for each step; over the steps of a method without `keep`."""
+    figure, (axes,) = new_figure(height=3.0)
+    tried, chosen = choice["tried"], choice["chosen"]
+    along = "step" if chosen["keep"] is None else "keep"
+    lines = {"": tried} if along == "step" else by_step(tried)
+    for index, (label, rows) in enumerate(lines.items()):
+        x, y = ([row[key] for row in rows] for key in (along, "gm"))
+        axes.plot(x, y, label=label, **line_style(index, len(rows)))
+    axes.plot(chosen[along], chosen["gm"], "*", color="#555555", markersize=14, label="chosen", zorder=3)
+    axes.set(xlabel=along, ylabel="GM, percent")
+    legend_below(axes, columns=3)
+    return figure
+
+
+def by_step(tried: list[dict]) -> dict[str, list[dict]]:
+    return {f"after step {step}": list(rows) for step, rows in groupby(tried, key=lambda row: row["step"])}
+
+
 # --- training --------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from fomo.report.figures import (
     SCORES,
     Training,
     budget_figure,
+    choice_figure,
     datasets_figure,
     plane_figure,
     render,
@@ -40,7 +41,7 @@ from fomo.report.figures import (
     worth_figure,
 )
 from fomo.report.run_records import Group, group_runs, read_run
-from fomo.report.worth import verdict, worth_table
+from fomo.report.worth import in_choice, verdict, worth_table
 from fomo.text import plural
 
 SCORED = "the test samples scored during the run"  # a subset, unless the recipe or small sets say otherwise
@@ -227,7 +228,15 @@ def worth_of(group: Group, prefix: str) -> list[Plot | Table]:
         return []
     rows = [{"keep": keep, **{k: v.mean() for k, v in scores.items()}} for keep, scores in curve.items()]
     plot = Plot(prefix + "worth", title, worth_figure, (rows, group.deployed_keep), WORTH)
-    return [plot, Table(prefix + "worth", title, worth_table(group), f"Percent, on {SCORED}.")]
+    chosen = [choice_of(group, prefix)] if group.choice else []
+    return [plot, *chosen, Table(prefix + "worth", title, worth_table(group), f"Percent, on {SCORED}.")]
+
+
+def choice_of(group: Group, prefix: str) -> Plot:
+    """How the last update was chosen."""
+    choice, name = group.choice, group.records[0].name
+    note = f"{name}: {in_choice(choice)}. GM of KA and ZS on validation pictures, which no other score is of."
+    return Plot(f"{prefix}choice", f"{group.label}: what was chosen", choice_figure, choice, note)
 
 
 def classes_of(group: Group, prefix: str) -> list[Table | Card]:

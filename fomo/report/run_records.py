@@ -205,8 +205,14 @@ class Group:
         method = self.records[0].recipe["method"]
         if method["name"] != "merge":
             return 0.0
-        keep = method.get("keep")
-        return keep if self.interpolates and isinstance(keep, int | float) else None
+        chosen = [of_run[-1].get("choice", {}).get("chosen", method) for of_run in self.lines]
+        keep, *others = {row.get("keep") for row in chosen}
+        return keep if self.interpolates and isinstance(keep, int | float) and not others else None
+
+    @property
+    def choice(self) -> dict | None:
+        """What the first run chose in its last update on validation pictures, and all that was tried there."""
+        return self.lines[0][-1].get("choice")
 
     @property
     def interpolates(self) -> bool:

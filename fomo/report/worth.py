@@ -47,12 +47,25 @@ def verdict(group: Group) -> tuple[str, str]:
     key = "gm" if np.isfinite(group.values("gm")[:, -1]).all() else "ka"
     deployed, error = group.values(key)[:, -1].mean(), standard_error(group)
     scored = {what: scores[key].mean() for what, scores in rows.items() if key in scores}
+    if key == "ka" and group.choice:  # which weighed what other shares would have lost, and KA does not
+        scored = {what: score for what, score in scored.items() if what == RIDGE or what.startswith(NOTHING)}
     best = max(scored, key=scored.get)
     nothing = next(value for what, value in scored.items() if what.startswith(NOTHING))
     found = f"Was it worth it? {key.upper()} {deployed:.1f}, doing nothing {nothing:.1f}"
+    if group.choice:
+        found += f" ({in_choice(group.choice)})"
     if scored[best] > deployed + error:
         return f"{found}; better: {best}, {scored[best]:.1f}.", how_to(best, group)
     return f"{found}; nothing else that was scored is clearly better.", ""
+
+
+def in_choice(choice: dict) -> str:
+    """What was chosen on validation pictures, and what they say of it."""
+    chosen, tried = choice["chosen"], choice["tried"]
+    untouched = [row for row in tried if row["keep"] == 1]
+    share = "" if chosen["keep"] is None else f"keep {chosen['keep']:g} "
+    kept = f"{chosen['zs']:.1f} of {untouched[0]['zs']:.1f} kept" if untouched else f"ZS {chosen['zs']:.1f}"
+    return f"chosen: {share}after step {chosen['step']}, KA {chosen['ka']:.1f} and {kept} on validation"
 
 
 def standard_error(group: Group) -> float:

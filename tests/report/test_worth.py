@@ -12,7 +12,7 @@ from fomo.report.worth import standard_error, verdict, worth_table
 def group(deployed, curve, ridge=None, zs=None, error=3.0, sets=("photos",), **more):
     """curve: keep -> KA; zs: of everything, so that GM is known."""
     constants = {"roles": dict.fromkeys(sets, "adaptation")}
-    usual = {"updates": [0, 1], "interpolates": True, **more}
+    usual = {"updates": [0, 1], "interpolates": True, "choice": None, **more}
 
     def scores(ka):
         gm = np.nan if zs is None else (ka * zs) ** 0.5
@@ -86,3 +86,22 @@ def test_a_run_that_scored_nothing_beside_has_no_verdict_and_the_table_has_a_row
 
 def test_the_standard_error_of_a_mean_over_sets():
     assert standard_error(group(33.0, CURVE, error=3.0, sets=("a", "b"))) == pytest.approx((9 + 9) ** 0.5 / 2)
+
+
+TRIED = [
+    {"step": 9, "keep": k, "ka": ka, "zs": zs, "gm": (ka * zs) ** 0.5}
+    for k, ka, zs in ((0.5, 40, 70), (1, 20, 90))
+]
+
+
+def test_a_share_that_was_chosen_is_not_held_against_those_that_learn_more_and_lose_more():
+    choice = {"chosen": TRIED[0], "tried": TRIED}
+    text, command = verdict(group(33.0, CURVE, choice=choice))
+    chosen = "chosen: keep 0.5 after step 9, KA 40.0 and 70.0 of 90.0 kept on validation"
+    assert text == (
+        f"Was it worth it? KA 33.0, doing nothing 20.0 ({chosen}); nothing else that was scored is clearly better."
+    )
+    assert command == ""
+    assert "better: ridge" in verdict(group(33.0, CURVE, ridge=50.0, choice=choice))[0]
+    assert "better: doing nothing" in verdict(group(33.0, {0.0: 44.0, 1.0: 60.0}, choice=choice))[0]
+    assert "better: plain finetuning" in verdict(group(33.0, CURVE, zs=50.0, choice=choice))[0]
