@@ -224,12 +224,12 @@ def compare(groups: list[Group], left_out: str = "") -> list[Plot]:
 def worth_of(group: Group, prefix: str) -> list[Plot | Table]:
     """What else could have been done: the curve, and the table beside it."""
     curve, title = group.keep_curve(), f"{group.label}: was the last update worth it?"
+    chosen = [choice_of(group, prefix)] if group.choice else []
     if curve is None:
-        return []
+        return chosen
     rows = [{"keep": keep, **{k: v.mean() for k, v in scores.items()}} for keep, scores in curve.items()]
     plot = Plot(prefix + "worth", title, worth_figure, (rows, group.deployed_keep), WORTH)
-    chosen = [choice_of(group, prefix)] if group.choice else []
-    return [plot, *chosen, Table(prefix + "worth", title, worth_table(group), f"Percent, on {SCORED}.")]
+    return [plot, Table(prefix + "worth", title, worth_table(group), f"Percent, on {SCORED}."), *chosen]
 
 
 def choice_of(group: Group, prefix: str) -> Plot:
