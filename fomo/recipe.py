@@ -54,7 +54,7 @@ class Stream:
     """All concepts in order, cut into T updates (datasets/orders.py)."""
 
     order: Literal["random", "frequency", "performance", "similarity", "time", "dataset"] = "random"
-    updates: Count = 20  # T
+    updates: Count = 20  # T; with `every`, what that makes
     reverse: bool = False
     seed: int | None = None  # the recipe's
     file: str | None = None  # a stream in the official format, in place of an order
@@ -62,6 +62,20 @@ class Stream:
     counts: str | None = None  # frequency: a file of class names and counts; null: in the pool's captions
     whole: bool = False  # time: datasets of one year one after the other, not shuffled together
     per_dataset: bool = False  # every dataset is an update, instead of T equal chunks
+    # time: each month, quarter or year of dated pictures is an update, or each of so many parts of about equal
+    # size; all are scored after each (datasets/periods.py)
+    every: Literal["month", "quarter", "year"] | Count | None = None
+
+    def __post_init__(self):
+        if self.every is None:
+            return
+        if self.order != "time":
+            raise FieldError(
+                "stream.every", f"makes updates in time order, say `order: time`, got {self.order}"
+            )
+        for name in ("file", "whole", "per_dataset"):
+            if getattr(self, name):
+                raise FieldError(f"stream.{name}", "does not go together with stream.every")
 
 
 @dataclass(frozen=True)
@@ -180,6 +194,11 @@ class Recipe:
         if self.steps == 0:
             size = self.optimizer.batch_size
             raise FieldError("budget.samples", f"{self.budget.samples} is less than one batch of {size}")
+
+    @property
+    def evaluated_every(self) -> int:
+        """Evaluate after every n-th update; of periods after each, for the matrix of all by all."""
+        return 1 if self.stream.every else self.evaluation.every
 
     @property
     def steps(self) -> int | None:

@@ -10,6 +10,7 @@ from fomo.budget.flops_memory import parameter_count
 from fomo.budget.mafs import Work, architecture, planned_steps, work_of
 from fomo.datasets import datafile
 from fomo.datasets.mixture import sub_batches
+from fomo.datasets.periods import read_for
 from fomo.datasets.remarks import glance, of_batches, reader_of
 from fomo.datasets.stream import concepts_of
 from fomo.datasets.understood import opened_and_said
@@ -28,6 +29,7 @@ def dry_run(recipe: Recipe, device: str) -> str:
     place = pick_device(device, recipe.threads)
     data = datafile.read(recipe.data)
     opened = opened_and_said(data)
+    data = read_for(recipe)
     concepts, sizes = concepts_of(data)
     entries = [*data.adaptation.values(), *data.evaluation.values()]
     tests = [source for entry in entries if (source := entry.open("test")) is not None]
@@ -69,7 +71,7 @@ def draws(recipe: Recipe, pictures: int, pool: int) -> list[tuple[str, int, int]
 def training_lines(recipe: Recipe, work: Work, updates: int, scored: int, rate: float) -> list[str]:
     """rate: GFLOP/s of large matrix products."""
     forward = work.gflops_per_step / recipe.optimizer.batch_size / 3  # of a picture, its caption counted in
-    passes = 2 + recipe.evaluation.subset * max(updates - 1, 0) / recipe.evaluation.every
+    passes = 2 + recipe.evaluation.subset * max(updates - 1, 0) / recipe.evaluated_every
     scoring = scored * forward * passes
     if recipe.budget.hours is not None:
         return [

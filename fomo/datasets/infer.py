@@ -129,12 +129,13 @@ def is_data_file(path: str | Path) -> bool:
     return Path(path).suffix in (".yaml", ".yml")
 
 
-def recipe_for(file: Path) -> dict:
+def recipe_for(file: Path, updates: int = 1) -> dict:
     """Parts of a recipe that suit a few pictures without a pretraining pool; `defaults` are those of a scale.
 
-    One update of PASSES passes, in batches that are a power of two and at most a quarter of the pictures.
+    Each of the updates, which share the pictures, is of PASSES passes, in batches that are a power of two and at
+    most a quarter of its pictures.
     """
-    pictures = sum(concepts_of(datafile.read(file))[1])
+    pictures = sum(concepts_of(datafile.read(file))[1]) / updates
     smallest, largest = BATCHES
     batch = min(max(2 ** int(math.log2(max(pictures / 4, 1))), smallest), largest)
     return {

@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from fomo.atomic import write_atomically
@@ -85,6 +86,15 @@ class Training:
 
     rates: RateCurve
     runs: list[list[dict]]  # lines of train.jsonl
+
+
+@dataclass(frozen=True)
+class Periods:
+    """What a model knows of each period of time, after each update of which one taught it."""
+
+    names: list[str]  # T, in the order of the updates
+    updates: list[int]
+    scores: np.ndarray  # KA, percent, (U, T); NaN where a period has no test picture
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -363,6 +373,41 @@ def stream_figure(stream: Sequence[Mapping[str, int]]) -> Figure:
     mesh = axes.imshow(shown, extent=extent, **style)
     axes.set_yticks(range(len(sets)), [shorten(name, 24) for name in sets], fontsize=8)
     count_updates(axes, "update")
+    axes.grid(False)
+    figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02)
+    return figure
+
+
+def periods_figure(periods: Periods) -> Figure:
+    """KA after each update (rows) on each period (columns), written into the cells while they are large enough.
+
+    A frame marks what the update of the row taught: left of it is backward transfer, right of it forward transfer.
+    """
+    rows, columns = periods.scores.shape
+    figure, (axes,) = new_figure(height=1.2 + 0.28 * min(rows, 20))
+    axes.set_title("KA by period, %")
+    mesh = axes.imshow(periods.scores, cmap="viridis", aspect="auto", interpolation="none")
+    middle = (mesh.norm.vmin + mesh.norm.vmax) / 2
+    for row, update in enumerate(periods.updates):
+        if update:
+            axes.add_patch(
+                Rectangle((update - 1.5, row - 0.5), 1, 1, fill=False, edgecolor="#D1550B", linewidth=2)
+            )
+        for column, score in enumerate(periods.scores[row] if columns <= 8 else ()):
+            style = {
+                "color": "white" if score < middle else "black",
+                "ha": "center",
+                "va": "center",
+                "fontsize": 8,
+            }
+            axes.text(column, row, f"{score:.1f}" if np.isfinite(score) else "n/a", **style)
+    step = math.ceil(columns / 8)
+    axes.set_xticks(
+        range(0, columns, step), [shorten(name, 12) for name in periods.names[::step]], fontsize=8
+    )
+    step = math.ceil(rows / 20)
+    axes.set_yticks(range(0, rows, step), periods.updates[::step])
+    axes.set(xlabel="period", ylabel="update")
     axes.grid(False)
     figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02)
     return figure
