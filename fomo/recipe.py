@@ -49,6 +49,9 @@ class Model:
             raise FieldError("model", "say name and/or pretrained, or both config and pretraining")
 
 
+PERIODS = ("month", "quarter", "year")
+
+
 @dataclass(frozen=True)
 class Stream:
     """All concepts in order, cut into T updates (datasets/orders.py)."""
@@ -64,11 +67,14 @@ class Stream:
     per_dataset: bool = False  # every dataset is an update, instead of T equal chunks
     # time: each month, quarter or year of dated pictures is an update, or each of so many parts of about equal
     # size; all are scored after each (datasets/periods.py)
-    every: Literal["month", "quarter", "year"] | Count | None = None
+    every: str | Count | None = None
 
     def __post_init__(self):
         if self.every is None:
             return
+        if isinstance(self.every, str) and self.every not in PERIODS:
+            accepted = f"accepted: {', '.join(PERIODS)}, or a number of equal parts"
+            raise FieldError("stream.every", f"got {self.every!r}, {accepted}")
         if self.order != "time":
             raise FieldError(
                 "stream.every", f"makes updates in time order, say `order: time`, got {self.order}"

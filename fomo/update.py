@@ -340,7 +340,8 @@ class Trainer:
         """Score the deployed weights, keep them, and make the run resumable from here."""
         run, position = self.run, self.run.position
         update = position.update
-        if update in (0, 1, position.updates) or update % self.recipe.evaluated_every == 0:
+        begins = self.ranks.broadcast_object(lambda: not run.scored)  # a child may at any update
+        if begins or update in (1, position.updates) or update % self.recipe.evaluated_every == 0:
             line, by_class = self.score()
             run.save_weights(self.clip, self.recipe.evaluation.keep_weights)
             run.add_seconds()

@@ -181,7 +181,7 @@ class Entry:
 
     def kept_open(self, split: str) -> Source | None:
         """A split that is opened once, however many of its periods are entries."""
-        key = split, json.dumps(self.spec, sort_keys=True, default=str)
+        key = split, json.dumps(self.spec, default=str)
         if key not in self.opened:
             self.opened[key] = self.open(split)
         return self.opened[key]

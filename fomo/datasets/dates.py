@@ -76,7 +76,9 @@ def equal_parts(dates: np.ndarray, count: int) -> list[str]:
     before = np.cumsum(counts)  # dates up to each known one, itself included
     starts = [0]
     for part in range(1, count):
-        nearest = 1 + int(abs(before - len(dates) * part / count).argmin())
+        done = before[starts[-1] - 1] if starts[-1] else 0
+        wanted = done + (len(dates) - done) / (count - part + 1)
+        nearest = 1 + int(abs(before - wanted).argmin())
         starts.append(min(max(nearest, starts[-1] + 1), len(known) - (count - part)))
     ends = [*starts[1:], len(known)]
     return [f"{known[a]}..{known[b - 1]}" for a, b in zip(starts, ends, strict=True)]

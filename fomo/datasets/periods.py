@@ -14,7 +14,7 @@ from fomo.datasets.datafile import DataFile, Entry, write_once
 from fomo.datasets.dates import ACCEPTED, equal_parts, periods_of, within
 from fomo.errors import UserError
 from fomo.recipe import Recipe
-from fomo.text import plural
+from fomo.text import plural, shortened
 
 SHOWN = 12  # periods in a line
 Dates = dict[str, dict[str, np.ndarray]]  # set -> split -> (n,) dates of its pictures
@@ -92,11 +92,13 @@ def told(data: DataFile, dates: Dates, every: str | int, periods: list[str]) -> 
     more = ", ..." * (len(shown) > SHOWN)
     where = f"{data.path}: stream.every {every}"
     yield f"{where}: {plural(len(learnt), 'update')}: {', '.join(shown[:SHOWN])}{more}"
-    for period in periods:
-        if not counts[period]["train"]:
-            yield f"{where}: {period} has no picture to learn from: no update, but it is scored"
-        if not counts[period]["test"]:
-            yield f"{where}: {period} has no picture to test on: it is learned, but not scored"
+    remedy = "fewer and longer periods, or a larger `holdout`, give each some"
+    for lacking, what in (
+        ("train", "no picture to learn from: no update of its own, but scored"),
+        ("test", f"no picture to test on: learned, but not scored; {remedy}"),
+    ):
+        if found := [period for period in periods if not counts[period][lacking]]:
+            yield f"{where}: {plural(len(found), 'period has', 'periods have')} {what} ({shortened(found)})"
     for name, splits in dates.items():
         for split, known in splits.items():
             outside = len(known) - sum(int(within(known, period).sum()) for period in periods)

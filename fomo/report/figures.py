@@ -387,27 +387,20 @@ def periods_figure(periods: Periods) -> Figure:
     figure, (axes,) = new_figure(height=1.2 + 0.28 * min(rows, 20))
     axes.set_title("KA by period, %")
     mesh = axes.imshow(periods.scores, cmap="viridis", aspect="auto", interpolation="none")
-    middle = (mesh.norm.vmin + mesh.norm.vmax) / 2
+    frame = {"width": 1, "height": 1, "fill": False, "edgecolor": COLOURS[1], "linewidth": 2}
     for row, update in enumerate(periods.updates):
         if update:
-            axes.add_patch(
-                Rectangle((update - 1.5, row - 0.5), 1, 1, fill=False, edgecolor="#D1550B", linewidth=2)
-            )
-        for column, score in enumerate(periods.scores[row] if columns <= 8 else ()):
-            style = {
-                "color": "white" if score < middle else "black",
-                "ha": "center",
-                "va": "center",
-                "fontsize": 8,
-            }
-            axes.text(column, row, f"{score:.1f}" if np.isfinite(score) else "n/a", **style)
-    step = math.ceil(columns / 8)
-    axes.set_xticks(
-        range(0, columns, step), [shorten(name, 12) for name in periods.names[::step]], fontsize=8
-    )
-    step = math.ceil(rows / 20)
-    axes.set_yticks(range(0, rows, step), periods.updates[::step])
-    axes.set(xlabel="period", ylabel="update")
+            axes.add_patch(Rectangle((update - 1.5, row - 0.5), **frame))
+    middle, centred = (mesh.norm.vmin + mesh.norm.vmax) / 2, {"ha": "center", "va": "center", "fontsize": 8}
+    for (row, column), score in np.ndenumerate(periods.scores) if columns <= 8 else ():
+        text = f"{score:.1f}" if np.isfinite(score) else "n/a"
+        axes.text(column, row, text, color="white" if score < middle else "black", **centred)
+    every, begins = math.ceil(columns / 12), [name.partition("..")[0] for name in periods.names]
+    tilted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if columns > 5 else {}
+    axes.set_xticks(range(0, columns, every), begins[::every], fontsize=8, **tilted)
+    every = math.ceil(rows / 20)
+    axes.set_yticks(range(0, rows, every), periods.updates[::every])
+    axes.set(xlabel="period (its first date)" if begins != periods.names else "period", ylabel="update")
     axes.grid(False)
     figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02)
     return figure
