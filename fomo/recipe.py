@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import yaml
 
+from fomo.datasets.dates import PERIODS
 from fomo.errors import FieldError
 from fomo.schedules import Schedule
 from fomo.schema import Count, Natural, NotNegative, Positive, Range, Share
@@ -47,9 +48,6 @@ class Model:
         named = self.name is not None or self.pretrained is not None
         if not named and (self.config is None or self.pretraining is None):
             raise FieldError("model", "say name and/or pretrained, or both config and pretraining")
-
-
-PERIODS = ("month", "quarter", "year")
 
 
 @dataclass(frozen=True)

@@ -65,17 +65,8 @@ TYPES = {  # of the fields that do not depend on the source
     "holdout": float,
     "one_class": bool,
 }
-COMMON = (
-    "source",
-    "train",
-    "test",
-    "prompt",
-    "task",
-    "dataset",
-    "year",
-    "period",
-    "one_class",
-)  # fields of any entry
+# fields of any entry
+COMMON = ("source", "train", "test", "prompt", "task", "dataset", "year", "period", "one_class")
 OF_ROLE = {"pretraining": ("weight", "limit"), "adaptation": ("holdout",), "evaluation": ()}
 SPLITS = {"pretraining": ("train",), "adaptation": ("train", "test"), "evaluation": ("test",)}  # needs one of
 

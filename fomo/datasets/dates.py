@@ -44,9 +44,9 @@ def period_of(date: str, every: str) -> str:
     return date[:7] if every == "month" else f"{date[:4]}-Q{(int(date[5:7]) + 2) // 3}"
 
 
-def periods_of(dates: np.ndarray, every: str) -> np.ndarray:
-    """(n,) texts -> (n,) texts."""
-    return np.array([period_of(text, every) for text in dates.tolist()], dtype=str)
+def periods_of(dates: np.ndarray, every: str) -> list[str]:
+    """All that some of the (n,) dates are in, in time order."""
+    return sorted({period_of(text, every) for text in np.unique(dates).tolist()} - {""})
 
 
 def is_period(text: str) -> bool:
@@ -55,11 +55,12 @@ def is_period(text: str) -> bool:
 
 def within(dates: np.ndarray, period: str) -> np.ndarray:
     """(n,) bool: which dates lie in the period."""
-    first, _, last = period.partition("..")
-    if last:
-        return (dates >= first) & (dates <= last)
-    every = next(name for name, form in PERIODS.items() if re.fullmatch(form, period))
-    return periods_of(dates, every) == period
+    first, dots, last = period.partition("..")
+    if not dots:
+        year, _, quarter = period.partition("-Q")
+        first, last = (f"{year}-{3 * int(quarter) + k:02d}" for k in (-2, 0)) if quarter else (period, period)
+        last += "~"  # comes after all texts that begin so
+    return (dates >= first) & (dates <= last)
 
 
 def equal_parts(dates: np.ndarray, count: int) -> list[str]:
@@ -89,6 +90,6 @@ def spanned(dates: np.ndarray) -> str:
     known = np.unique(dates[dates != ""])
     if not len(known):
         return ""
-    counts = {every: len({period_of(text, every) for text in known.tolist()} - {""}) for every in PERIODS}
+    counts = {every: len(periods_of(known, every)) for every in PERIODS}
     periods = ", ".join(plural(count, every) for every, count in counts.items() if count)
     return f"dated {known[0]} to {known[-1]} ({periods})"

@@ -54,11 +54,11 @@ def periods_in(data: DataFile, dates: Dates, every: str | int) -> list[str]:
             return equal_parts(known, every)
         except ValueError as error:
             raise UserError(f"{data.path}: stream.every: {error}") from None
-    periods = np.unique(periods_of(known, every))
-    if not (periods != "").any():
+    periods = periods_of(known, every)
+    if not periods:
         exact = f", the most exact is {max(known, key=len)}" if len(known) else ""
         raise UserError(f"{data.path}: stream.every: no date says a {every}{exact}; accepted: {ACCEPTED}")
-    return periods[periods != ""].tolist()
+    return periods
 
 
 def of_period(entry: Entry, period: str) -> Entry:

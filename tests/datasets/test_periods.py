@@ -125,7 +125,7 @@ def test_what_has_no_date_and_periods_that_lack_a_split_are_said(tmp_path, capsy
             ["May", ""],
             {},
             "year",
-            "column 'when': no row has a date that can be read, first: 'May'; accepted",
+            "stream.every: no date says a year; accepted: ISO 8601",
         ),
         (
             twice(["2024"]),
@@ -139,6 +139,14 @@ def test_what_has_no_date_and_periods_that_lack_a_split_are_said(tmp_path, capsy
 )
 def test_what_makes_no_periods_is_refused_in_a_line(tmp_path, dates, fields, every, expected):
     assert expected in one_line(lambda: in_periods(read(shop(tmp_path, dates, **fields)), every))
+
+
+def test_a_split_without_any_date_is_opened_all_the_same(tmp_path):
+    file = shop(tmp_path, ["2024-01", "", "2024-02", "soon"])
+    entry = read(file).adaptation["shop"]
+    assert len(entry.open("train")) == len(entry.open("test")) == 6
+    parts = in_periods(read(file), "month").adaptation.values()
+    assert [(len(part.open("train")), part.open("test")) for part in parts] == [(3, None), (3, None)]
 
 
 def test_an_entry_may_be_a_period_of_its_set(tmp_path):
@@ -156,7 +164,7 @@ def test_an_entry_may_be_a_period_of_its_set(tmp_path):
     ("overrides", "expected"),
     [
         (["stream.every=month"], "stream.every: makes updates in time order, say `order: time`, got random"),
-        (["stream.every=week"], "stream.every: got 'week', accepted: month, quarter, year, or a number"),
+        (["stream.every=week"], "stream.every: got 'week', accepted: year, quarter, month, or a number"),
         (["stream.every=0"], "stream.every: got 0, accepted: at least 1"),
         (["stream.every=month", "stream.per_dataset=true"], "stream.per_dataset: does not go together"),
         (["stream.every=month", "stream.file=x.json"], "stream.file: does not go together"),

@@ -12,7 +12,7 @@ from unicodedata import normalize
 import numpy as np
 
 from fomo.datasets.arrays import Captions, Strings
-from fomo.datasets.dates import ACCEPTED, date_of
+from fomo.datasets.dates import date_of
 from fomo.datasets.sources.base import Captioned, NamedClasses, PictureFiles, distinct
 from fomo.datasets.sources.folders import Tree
 from fomo.datasets.sources.split_names import chosen_test, split_in
@@ -79,7 +79,6 @@ class Rows(PictureFiles, Captioned, NamedClasses):
         self.number(list(names), labels)
         if date:
             self.dates = np.array(dates)
-            self.refuse_undated(date)
         self.notes = tuple(self.remarks(contradictory))
 
     def remarks(self, contradictory: dict[int, str]) -> Iterator[str]:
@@ -101,12 +100,6 @@ class Rows(PictureFiles, Captioned, NamedClasses):
             name, place = next(iter(self.moved.items()))
             what = plural(len(self.moved), "picture was", "pictures were")
             yield f"{what} found below {self.base} by the end of the path, first: {place} for {name}"
-
-    def refuse_undated(self, column: str) -> None:
-        if (self.dates == "").all():
-            example = next(iter(self.unreadable.values()), "")
-            problem = f"no row has a date that can be read, first: {example!r}; accepted: {ACCEPTED}"
-            raise UserError(f"{self.path}: column {column!r}: {problem}")
 
     def rows(self) -> Iterator[tuple[str, list[str], str, str]]:
         """(picture, captions, concept, date) of each row of this split, empty where it has none."""

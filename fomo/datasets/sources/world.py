@@ -621,10 +621,9 @@ class World(Source):
         self.labels = np.repeat(np.array(self.present(), dtype=np.int64), self.per_concept)
         if self.years:
             self.check_years()
+            years = np.array([f"{year:04d}" for year in self.years])
             numbers = np.arange(len(self.labels)) % self.per_concept
-            self.dates = np.array([f"{year:04d}" for year in self.years])[
-                numbers * len(self.years) // self.per_concept
-            ]
+            self.dates = years[numbers * len(years) // self.per_concept]
 
     def check_years(self) -> None:
         for year, style in self.years.items():
