@@ -318,6 +318,8 @@ def stream(plot, out, device, order, updates, per_dataset, reverse, **options):
     from fomo.report.previews import preview_stream, stream_section
 
     with given(options.pop("data")) as data:
+        if order and not order.endswith(".json"):
+            options["overrides"] += (f"stream.order={order}",)  # before stream.every is judged by it
         recipe = load(None, data=data, **options)
         how = stream_section(recipe.stream, order, updates, reverse, per_dataset)
         place = pick_device(device, recipe.threads)

@@ -23,6 +23,7 @@ from fomo.schema import (
     parse_yaml,
     read_yaml,
 )
+from fomo.text import plural
 
 ROOT = Path(__file__).resolve().parents[1] / "recipes"
 RELEASED = ROOT / "scales" / "by_method" / "released.yaml"  # what suits released models, at batch 512
@@ -57,10 +58,22 @@ def load(
     layers = {str(scale_path): lowest, str(path): file, "command line": line}
     values = {**merged(lowest, chosen), "scale": name}
     try:
-        return build(Recipe, with_defaults(values, defaults))
+        recipe = build(Recipe, with_defaults(values, defaults))
     except FieldError as error:
         origins = [origin for origin, fields in layers.items() if has(fields, error.field)]
         raise UserError(f"{[str(path or scale_path), *origins][-1]}: {error}") from None
+    return of_periods(recipe, chosen.get("stream", {}).get("updates")) if recipe.stream.every else recipe
+
+
+def of_periods(recipe: Recipe, updates: int | None) -> Recipe:
+    """With as many updates as the data has periods. updates: what the recipe says itself, not its scale."""
+    from fomo.datasets.periods import count_updates, read_for
+
+    found = count_updates(read_for(recipe))
+    if updates not in (None, found):
+        made = f"stream.every {recipe.stream.every} makes {plural(found, 'update')} of {recipe.data}"
+        raise UserError(f"stream.updates: {made}, got {updates}; leave it out")
+    return dataclasses.replace(recipe, stream=dataclasses.replace(recipe.stream, updates=found))
 
 
 def has(values: dict, dotted: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import yaml
 
+from fomo.datasets.dates import PERIODS
 from fomo.errors import FieldError
 from fomo.schedules import Schedule
 from fomo.schema import Count, Natural, NotNegative, Positive, Range, Share
@@ -54,7 +55,7 @@ class Stream:
     """All concepts in order, cut into T updates (datasets/orders.py)."""
 
     order: Literal["random", "frequency", "performance", "similarity", "time", "dataset"] = "random"
-    updates: Count = 20  # T
+    updates: Count = 20  # T; with `every`, what that makes
     reverse: bool = False
     seed: int | None = None  # the recipe's
     file: str | None = None  # a stream in the official format, in place of an order
@@ -62,6 +63,23 @@ class Stream:
     counts: str | None = None  # frequency: a file of class names and counts; null: in the pool's captions
     whole: bool = False  # time: datasets of one year one after the other, not shuffled together
     per_dataset: bool = False  # every dataset is an update, instead of T equal chunks
+    # time: each month, quarter or year of dated pictures is an update, or each of so many parts of about equal
+    # size; all are scored after each (datasets/periods.py)
+    every: str | Count | None = None
+
+    def __post_init__(self):
+        if self.every is None:
+            return
+        if isinstance(self.every, str) and self.every not in PERIODS:
+            accepted = f"accepted: {', '.join(PERIODS)}, or a number of equal parts"
+            raise FieldError("stream.every", f"got {self.every!r}, {accepted}")
+        if self.order != "time":
+            raise FieldError(
+                "stream.every", f"makes updates in time order, say `order: time`, got {self.order}"
+            )
+        for name in ("file", "whole", "per_dataset"):
+            if getattr(self, name):
+                raise FieldError(f"stream.{name}", "does not go together with stream.every")
 
 
 @dataclass(frozen=True)
@@ -188,6 +206,11 @@ class Recipe:
     def chooses(self) -> bool:
         """Whether something is chosen on validation pictures."""
         return self.budget.auto or self.method.get("keep") == "auto"
+
+    @property
+    def evaluated_every(self) -> int:
+        """Evaluate after every n-th update; of periods after each, for the matrix of all by all."""
+        return 1 if self.stream.every else self.evaluation.every
 
     @property
     def steps(self) -> int | None:

@@ -25,7 +25,7 @@ from fomo.devices import Precision, machine, peak_memory, pick_device
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import Interrupted, UserError
 from fomo.eval.scorer import Scorer
-from fomo.eval.transfer import mtil
+from fomo.eval.transfer import mtil, row_of_sets, tic
 from fomo.eval.zero_shot import announced
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Weights
@@ -34,6 +34,7 @@ from fomo.pretrain import starting_model
 from fomo.progress import Progress
 from fomo.recipe import Recipe, Temperature
 from fomo.runs.folder import Run, way_on
+from fomo.runs.logs import evaluations
 from fomo.runs.step_log import StepLog, Timed
 from fomo.schedules import learning_rate
 from fomo.text import plural
@@ -368,7 +369,8 @@ class Trainer:
         """Score the deployed weights, keep them, and make the run resumable from here."""
         run, position = self.run, self.run.position
         update = position.update
-        if update in (0, 1, position.updates) or update % self.recipe.evaluation.every == 0:
+        begins = self.ranks.broadcast_object(lambda: not run.scored)  # a child may at any update
+        if begins or update in (1, position.updates) or update % self.recipe.evaluated_every == 0:
             line, by_class, predictions = self.score()
             run.save_weights(self.clip, self.recipe.evaluation.keep_weights)
             run.add_seconds()
@@ -405,6 +407,8 @@ class Trainer:
             line["transfer"] = self.scorer.transfer(by_class, lambda: run.lines("concepts.jsonl"))
             if tasks := mtil(self.scorer.rows):
                 line["mtil"] = tasks
+            if last and (periods := self.tic(line)):
+                line["tic"] = periods
         if self.choice and self.choice.tried:
             line["choice"] = {"chosen": self.choice.chosen, "tried": self.choice.tried}
         predictions = self.scorer.predictions(scores) if first or last else {}
@@ -416,6 +420,13 @@ class Trainer:
             line["keeps"] = self.scorer.keep_curve(run.weights_before(), self.tuned, wanted.keeps)
             self.tuned = {}
         return line, by_class, predictions
+
+    def tic(self, last: dict) -> dict | None:
+        """Of a stream of periods. last: the line of metrics.jsonl that is not written yet."""
+        if not self.recipe.stream.every:
+            return None
+        stream = composition(self.pools.stream)
+        return tic([row_of_sets(line, stream) for line in [*evaluations(self.run.folder), last]])
 
 
 def set_temperature(model: nn.Module, temperature: Temperature) -> None:

@@ -12,6 +12,7 @@ from fomo.choice import Choice
 from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile
 from fomo.datasets.mixture import sub_batches
+from fomo.datasets.periods import read_for
 from fomo.datasets.pools import RETENTION
 from fomo.datasets.remarks import glance, of_batches, reader_of
 from fomo.datasets.stream import concepts_of
@@ -31,6 +32,7 @@ def dry_run(recipe: Recipe, device: str) -> str:
     place = pick_device(device, recipe.threads)
     data = datafile.read(recipe.data, validation=recipe.chooses)
     opened = opened_and_said(data)
+    data = read_for(recipe)
     concepts, sizes = concepts_of(data)
     entries = [*data.adaptation.values(), *data.evaluation.values()]
     tests = [source for entry in entries if (source := entry.open("test")) is not None]
@@ -84,7 +86,7 @@ def training_lines(
 ) -> list[str]:
     """rate: GFLOP/s of large matrix products; new, old: pictures to choose on."""
     forward = work.gflops_per_step / recipe.optimizer.batch_size / 3  # of a picture, its caption counted in
-    passes = 2 + recipe.evaluation.subset * max(updates - 1, 0) / recipe.evaluation.every
+    passes = 2 + recipe.evaluation.subset * max(updates - 1, 0) / recipe.evaluated_every
     choice = Choice.of(recipe, new)
     choosing = updates * choice.tries(recipe) * (new + old) if choice else 0
     scoring = (scored * passes + choosing) * forward

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from fomo.datasets.dates import date_of
 from fomo.datasets.sources.split_names import split_in
 from fomo.datasets.sources.tables import Ends, Row, json_objects, plain, separated, sniffed
 from fomo.errors import UserError
@@ -25,10 +26,11 @@ COLUMNS = {  # by name, in any case; the first that a table has
     "caption": ("title", "caption", "captions", "text", "description", "comment"),
     "concept": ("concept", "category", "class_name", "classname", "class", "label"),
     "split_column": ("split", "subset", "partition", "usage", "set"),
+    "date": ("date", "datetime", "timestamp", "time", "created_at", "date_taken", "month", "year"),
 }
 USUAL = {".csv": ",", ".tsv": "\t", ".txt": ","}  # separators
 LOOKED = 200  # rows
-ENOUGH = 0.5  # of them name a picture that is there
+ENOUGH = 0.5  # of them name a picture that is there, or say a date
 WEB = re.compile("https?://", re.IGNORECASE)
 
 
@@ -59,9 +61,11 @@ def look_at(file: Path, roots: Iterable[Path], ends: Callable[[Path], Ends]) -> 
     image, root = column_of_pictures(file, columns, rows, known["image"], roots, ends)
     if image is None or (root and is_picture(image, root, ends)):  # what stands for a name is a picture
         return Look(file, problem=without_pictures(columns, rows, ends(next(iter(roots)))))
-    found = {"image": image, "caption": known["caption"], "concept": known["concept"]}
+    date = column_of_dates(names, rows)
+    found = {"image": image, "caption": known["caption"], "concept": known["concept"], "date": date}
     if not (found["caption"] or found["concept"]):
         others = [name for name in columns if name not in (image, known["split_column"])]
+        others = [name for name in others if name != date] or others
         found["concept"] = column_of_classes(others, every())
         if found["concept"] is None:
             return Look(file, {"image": image}, problem=without_texts(others, rows))
@@ -90,6 +94,14 @@ def first_rows(file: Path) -> tuple[list[str], list[Row], Callable[[], list[Row]
 
 def first_of(known: tuple[str, ...], names: dict[str, str]) -> str | None:
     return next((names[name] for name in known if name in names), None)
+
+
+def column_of_dates(names: dict[str, str], rows: list[Row]) -> str | None:
+    """The first of a known name whose values are dates."""
+    for column in (names[name] for name in COLUMNS["date"] if name in names):
+        if rows and sum(bool(date_of(row.get(column))) for row in rows) > ENOUGH * len(rows):
+            return column
+    return None
 
 
 def column_of_pictures(

@@ -10,7 +10,9 @@ evaluation:
   mnist: {source: torchvision, name: MNIST, root: mnist}
 """
 
+import dataclasses
 import inspect
+import json
 import os
 import re
 import sys
@@ -23,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from fomo.datasets.dates import is_period, within
 from fomo.datasets.sources.base import Part, Source, holdout_mask, limited
 from fomo.datasets.sources.catalogue import with_catalogue
 from fomo.datasets.sources.clip_benchmark import ClipBenchmark
@@ -58,13 +61,15 @@ TYPES = {  # of the fields that do not depend on the source
     "task": Literal["classification", "retrieval"],
     "dataset": str,
     "year": int,
+    "period": str,
     "weight": Positive,
     "limit": Count,
     "holdout": float,
     "validation": float,
     "one_class": bool,
 }
-COMMON = ("source", "train", "test", "prompt", "task", "dataset", "year", "one_class")  # fields of any entry
+# fields of any entry
+COMMON = ("source", "train", "test", "prompt", "task", "dataset", "year", "period", "one_class")
 OF_ROLE = {
     "pretraining": ("weight", "limit"),
     "adaptation": ("holdout", "validation"),
@@ -83,6 +88,8 @@ class Entry:
     file: Path
     cache: str = "auto"
     skip_bad: bool = False
+    # splits of sets of which entries are periods, see kept_open
+    opened: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @property
     def task(self) -> str:
@@ -116,6 +123,8 @@ class Entry:
 
     def open(self, split: str) -> Source | None:
         """The split "train", "test" or "validation", None if the data file has no such split."""
+        if "period" in self.spec:
+            return self.open_period(split)
         share, of = self.spec.get("validation"), CHOSEN_ON.get(self.role)
         if not share or split not in (of, "validation"):
             return None if split == "validation" else self.open_split(split)
@@ -151,6 +160,42 @@ class Entry:
             )
             raise UserError(f"{self.file}: {self.where}.holdout: {problem}")
         return Part(whole, np.flatnonzero(test if split == "test" else ~test))
+
+    @property
+    def whole(self) -> "Entry":
+        """The set that this one is a period of; itself if it is none."""
+        spec = {key: value for key, value in self.spec.items() if key != "period"}
+        name = self.name.removesuffix(f"/{self.spec.get('period')}")
+        return replace(self, name=name, spec=spec)
+
+    def open_period(self, split: str) -> Source | None:
+        """The pictures of one period; None if the split has none. All classes of the whole set are its classes."""
+        whole, period = self.whole, self.spec["period"]
+        dates = whole.dates()
+        if not any(within(known, period).any() for known in dates.values()):
+            raise UserError(f"{self.file}: {self.where}: no picture is of the period {period}")
+        numbers = np.flatnonzero(within(dates[split], period)) if split in dates else []
+        return Part(whole.kept_open(split), numbers) if len(numbers) else None
+
+    def dates(self) -> dict[str, np.ndarray]:
+        """(n,) texts of each split, see dates.py; of a source that has none the entry's `year`."""
+        found = {}
+        for split in (*SPLITS[self.role], "validation"):
+            source = self.kept_open(split)
+            if source is not None and source.dates is None and "year" not in self.spec:
+                remedy = "name its column (`date: COLUMN`), or say the `year` of all of it"
+                raise UserError(f"{self.file}: {self.where}: its pictures have no date; {remedy}")
+            if source is not None:
+                year = f"{self.spec.get('year', 0):04d}"
+                found[split] = np.full(len(source), year) if source.dates is None else source.dates
+        return found
+
+    def kept_open(self, split: str) -> Source | None:
+        """A split that is opened once, however many of its periods are entries."""
+        key = split, json.dumps(self.spec, default=str)
+        if key not in self.opened:
+            self.opened[key] = self.open(split)
+        return self.opened[key]
 
     def show_notes(self, source: Source, split: str) -> None:
         for note in source.notes:
@@ -215,14 +260,14 @@ class Content:
 def read(path: str | Path, skip_bad: bool = False, validation: bool = False) -> DataFile:
     """Read and check a data file; nothing is opened yet. skip_bad, validation: as if the file said so."""
     path = Path(path)
-    values = read_yaml(path)
+    values, opened = read_yaml(path), {}
     try:
         top = build(Content, values)
         common = {"cache": top.cache, "skip_bad": top.skip_bad or skip_bad}
         split = {"validation": VALIDATION} if validation else {}
         entries = {
             role: {
-                str(name): entry(str(name), role, with_fields(split, spec), path, **common)
+                str(name): entry(str(name), role, with_fields(split, spec), path, opened, **common)
                 for name, spec in named.items()
             }
             for role, named in (("adaptation", top.adaptation or {}), ("evaluation", top.evaluation or {}))
@@ -230,7 +275,7 @@ def read(path: str | Path, skip_bad: bool = False, validation: bool = False) -> 
         for name in entries["adaptation"].keys() & entries["evaluation"].keys():
             raise FieldError(f"evaluation.{name}", "adaptation has a set of this name, scores go by name")
         pool = [
-            entry(f"pretraining[{i}]", "pretraining", spec, path, **common)
+            entry(f"pretraining[{i}]", "pretraining", spec, path, opened, **common)
             for i, spec in enumerate(top.pretraining or [])
         ]
     except FieldError as error:
@@ -242,9 +287,20 @@ def with_fields(fields: dict, spec: Any) -> Any:
     return {**fields, **spec} if isinstance(spec, dict) else spec
 
 
-def entry(name: str, role: str, spec: dict, path: Path, cache: str = "auto", skip_bad: bool = False) -> Entry:
-    """An entry with everything checked that can be before its files are opened. Raises a FieldError."""
-    made = Entry(name, role, spec, path, cache, skip_bad)
+def entry(
+    name: str,
+    role: str,
+    spec: dict,
+    path: Path,
+    opened: dict | None = None,
+    cache: str = "auto",
+    skip_bad: bool = False,
+) -> Entry:
+    """An entry with everything checked that can be before its files are opened. Raises a FieldError.
+
+    opened: what entries of one data file share, see Entry.kept_open.
+    """
+    made = Entry(name, role, spec, path, cache, skip_bad, {} if opened is None else opened)
     if not isinstance(spec, dict) or "source" not in spec:
         raise FieldError(made.where, f"expected named fields with `source`, got {spec!r}")
     typed = {
@@ -265,6 +321,9 @@ def check(entry: Entry) -> None:
     for prompt in entry.prompts:
         if "{}" not in prompt:
             raise FieldError(f"{where}.prompt", f"{prompt!r} has no {{}} for the class name")
+    if not is_period(spec.get("period", "2024")):
+        accepted = "accepted: 2024, 2024-Q2, 2024-05, or the first and last date, 2024-05..2024-07"
+        raise FieldError(f"{where}.period", f"got {spec['period']!r}, {accepted}")
     if entry.role == "adaptation":
         for field in {"split", *(() if entry.splits_itself else (split_field,))} & spec.keys():
             raise FieldError(f"{where}.{field}", "would be learnt and tested on, say train and test")

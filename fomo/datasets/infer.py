@@ -130,14 +130,16 @@ def is_data_file(path: str | Path) -> bool:
     return Path(path).suffix in (".yaml", ".yml")
 
 
-def recipe_for(file: Path) -> dict:
+def recipe_for(file: Path, updates: int = 1) -> dict:
     """Parts of a recipe that suit a few pictures without a pretraining pool; `defaults` are those of a scale.
 
-    One update, in batches that are a power of two and at most a quarter of the pictures. How many passes, and the
-    share of the old model in the one merge there is, are chosen on validation pictures if there are enough.
+    Each of the updates, which share the pictures, has batches that are a power of two and at most a quarter of its
+    pictures. How many passes, and the share of the old model in its merge, are chosen on validation pictures if
+    there are enough.
     """
     pictures = sum(concepts_of(datafile.read(file))[1])
     enough, (smallest, largest) = pictures >= ENOUGH, BATCHES
+    pictures /= updates
     batch = min(max(2 ** int(math.log2(max(pictures / 4, 1))), smallest), largest)
     passes = PASSES if enough else UNCHOSEN["passes"]
     return {

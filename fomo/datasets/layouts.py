@@ -152,6 +152,7 @@ def in_split_folders(tree: Tree, splits: dict[str, Tree]) -> Layout:
         raise UserError(f"{tree.path}: its splits hold different kinds of data: {', '.join(kinds)}")
     train, *tests = parts.values()
     for test in tests:
+        train.notes += dates_of_one(train.spec, test.spec)
         compare_fields(tree.path, train.spec, test.spec)
         train.spec["test"] = test.spec["train"]
         train.notes += test.notes
@@ -168,6 +169,16 @@ def compare_fields(path: Path, train: dict, test: dict) -> None:
     if differing:
         found = "; ".join(f"{key}: {train.get(key)} and {test.get(key)}" for key in differing)
         raise UserError(f"{path}: train and test are not of one form: {found}")
+
+
+def dates_of_one(*fields: dict) -> list[str]:
+    """Take out a column of dates that only one split has; -> a note on it."""
+    columns = {found.get("date") for found in fields}
+    if len(columns) == 1:
+        return []
+    for found in fields:
+        found.pop("date", None)
+    return [f"dates are not used, only one split has the column {column}" for column in columns - {None}]
 
 
 def by_name(path: Path, files: list[Path]) -> tuple[dict[str, list[Path]], list[str]]:
@@ -343,6 +354,7 @@ def of_tables(tree: Tree, looks: list[Look]) -> Layout:
         if len(roots) > 1:
             for look in first.values():
                 look.fields["root"] = str(tree.path)
+        notes += dates_of_one(*(look.fields for look in first.values()))
         fields = {key: value for key, value in fields.items() if key != "split_column"}
         compare_fields(tree.path, *({"source": look.source, **look.fields} for look in first.values()))
     elif "split_column" in fields:

@@ -26,7 +26,7 @@ from fomo.datasets.datafile import DataFile
 from fomo.datasets.features import image_features, text_features
 from fomo.datasets.samples import Samples
 from fomo.datasets.sources.base import Source
-from fomo.datasets.stream import SEPARATOR, Concept, cut, folders_of, match, plain
+from fomo.datasets.stream import SEPARATOR, Concept, chunks_of, cut, folders_of, match, plain
 from fomo.errors import UserError
 from fomo.progress import Progress
 from fomo.recipe import Stream
@@ -59,6 +59,9 @@ class Context:
     def device(self) -> torch.device:
         return next(self.clip.model.parameters()).device
 
+    def period_of(self, concept: Concept) -> str:
+        return self.data.adaptation[concept.dataset].spec["period"]
+
     def samples(self, name: str) -> Samples:
         """The training split of a dataset."""
         if name not in self.opened:
@@ -76,8 +79,10 @@ class Context:
 
 def make_stream(concepts: list[Concept], context: Context) -> list[list[Concept]]:
     """All concepts in the order of the recipe, cut into its updates."""
-    how = context.how
-    return cut(order_concepts(concepts, context), how.updates, how.per_dataset)
+    how, ordered = context.how, order_concepts(concepts, context)
+    if how.every:
+        return chunks_of(ordered, how.updates, "period", context.period_of)
+    return cut(ordered, how.updates, how.per_dataset)
 
 
 def order_concepts(concepts: list[Concept], context: Context) -> list[Concept]:
@@ -107,7 +112,12 @@ def shuffled_sets(concepts: list[Concept], seed: int) -> list[str]:
 
 
 def by_time(concepts: list[Concept], context: Context) -> list[Concept]:
-    """Old datasets first. Those of one year are shuffled together, or with `stream.whole` kept apart."""
+    """Old datasets first. Those of one year are shuffled together, or with `stream.whole` kept apart.
+
+    With `stream.every` by their periods.
+    """
+    if context.how.every:
+        return ascending(concepts, map(context.period_of, concepts))
     names = [name for name in context.data.adaptation if any(c.dataset == name for c in concepts)]
     years = {name: context.data.adaptation[name].spec.get("year") for name in names}
     undated = [name for name in names if years[name] is None]

@@ -13,6 +13,7 @@ from fomo.datasets.datafile import DataFile
 from fomo.datasets.eval_sets import TestSet, open_tests, subset
 from fomo.datasets.mixture import Batches, Pool, pool_of, reservoir, sub_batches
 from fomo.datasets.orders import Context, make_stream
+from fomo.datasets.periods import read_for
 from fomo.datasets.samples import Collection, Samples, by_label
 from fomo.datasets.stream import Concept
 from fomo.errors import UserError
@@ -79,7 +80,7 @@ class Pools:
 
 def open_pools(recipe: Recipe, clip: Clip, record: dict | None = None, skip_bad: bool = False) -> Pools:
     """`record`: of a run that has begun, as `Pools.record` gave it; its stream is not ordered again."""
-    data = datafile.read(recipe.data, skip_bad, recipe.chooses)
+    data = read_for(recipe, skip_bad)
     size = data.image_size or clip.image_size
     concepts, parts, numbers_of = open_adaptation(data, clip, size)
     pool = [Samples(source, clip, size, f"pretraining[{i}]") for i, source in enumerate(data.pool())]

@@ -8,6 +8,7 @@ import itertools
 import json
 import sys
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,13 +56,7 @@ def cut(concepts: list[Concept], updates: int, per_dataset: bool = False) -> lis
     per_dataset: one chunk per dataset, in the order in which they first appear.
     """
     if per_dataset:
-        chunks: dict[str, list[Concept]] = defaultdict(list)
-        for concept in concepts:
-            chunks[concept.dataset].append(concept)
-        if updates != len(chunks):
-            problem = f"one update per dataset makes {plural(len(chunks), 'update')}, got {updates}"
-            raise UserError(f"stream.updates: {problem}")
-        return list(chunks.values())
+        return chunks_of(concepts, updates, "dataset", lambda concept: concept.dataset)
     if updates > len(concepts):
         raise UserError(
             f"stream.updates: {updates} updates need as many concepts, the data has {len(concepts)}"
@@ -69,6 +64,19 @@ def cut(concepts: list[Concept], updates: int, per_dataset: bool = False) -> lis
     size, longer = divmod(len(concepts), updates)
     starts = [t * size + min(t, longer) for t in range(updates + 1)]
     return [concepts[a:b] for a, b in itertools.pairwise(starts)]
+
+
+def chunks_of(
+    concepts: list[Concept], updates: int, what: str, group: Callable[[Concept], str]
+) -> list[list[Concept]]:
+    """One chunk per group, in the order in which they first appear. what: word for a group."""
+    chunks: dict[str, list[Concept]] = defaultdict(list)
+    for concept in concepts:
+        chunks[group(concept)].append(concept)
+    if updates != len(chunks):
+        problem = f"one update per {what} makes {plural(len(chunks), 'update')}, got {updates}"
+        raise UserError(f"stream.updates: {problem}")
+    return list(chunks.values())
 
 
 def plain(name: str) -> str:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from fomo.datasets.datafile import DataFile, Entry, splits_of
+from fomo.datasets.datafile import SPLITS, DataFile, Entry
+from fomo.datasets.dates import spanned
 from fomo.datasets.sources.base import COMPARED, Source, digest
 from fomo.errors import UserError
 from fomo.text import plural, shortened
@@ -40,12 +41,14 @@ def opened_and_said(data: DataFile) -> list[tuple[Entry, Splits]]:
 
 
 def open_all(data: DataFile) -> list[tuple[Entry, Splits]]:
-    """Every entry with its splits, but what is rendered here."""
-    found: dict[str, tuple[Entry, Splits]] = {}
-    for entry, split in splits_of(data):
-        if not entry.source.rendered and (source := entry.open(split)) is not None:
-            found.setdefault(entry.where, (entry, {}))[1][split] = source
-    return list(found.values())
+    """Every entry with its splits, but what is rendered here; of a set's periods the whole set, once."""
+    entries = (*data.pretraining, *data.adaptation.values(), *data.evaluation.values())
+    wholes = {entry.whole.where: entry.whole for entry in entries if not entry.source.rendered}
+    found = []
+    for entry in wholes.values():
+        splits = {split: entry.open(split) for split in (*SPLITS[entry.role], "validation")}
+        found.append((entry, {split: source for split, source in splits.items() if source is not None}))
+    return found
 
 
 def understood(data: DataFile, opened: list[tuple[Entry, Splits]]) -> Iterator[str]:
@@ -56,7 +59,9 @@ def understood(data: DataFile, opened: list[tuple[Entry, Splits]]) -> Iterator[s
         yield f"{data.path.name}: {plural(len(rendered), 'set')} of rendered pictures ({shortened(rendered)})"
     for entry, splits in opened:
         name = entry.where if entry.role == "pretraining" else entry.name
-        yield f"{name}: {what(entry, splits)}; {use(entry, splits)}"
+        dates = [source.dates for source in splits.values() if source.dates is not None]
+        when = spanned(np.concatenate(dates)) if dates else ""
+        yield "; ".join(filter(None, (f"{name}: {what(entry, splits)}", use(entry, splits), when)))
 
 
 def what(entry: Entry, splits: Splits) -> str:

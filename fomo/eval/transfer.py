@@ -17,7 +17,7 @@ for the best from update j on: what a concept lost before it was learned is forw
 the newest. Concepts without a test picture are left out, and so are updates of which no concept has one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -28,12 +28,18 @@ class Row(NamedTuple):
     """R[i]: T numbers, whatever the number of concepts."""
 
     update: int  # i
-    scores: list[float | None]  # of updates 1 to T; None where no concept has a test picture
+    scores: list[float | None]  # of updates 1 to T; None where nothing of it has a test picture
 
 
 def row_of(line: dict, stream: Sequence[Update]) -> Row:
     """From a line of concepts.jsonl."""
     return Row(line["update"], [accuracy_on(concepts, line) for concepts in stream])
+
+
+def row_of_sets(line: dict, stream: Sequence[Iterable[str]]) -> Row:
+    """From a line of metrics.jsonl and the sets of each update: KA over these sets, each as a whole."""
+    scores = [[line["datasets"][name] for name in names if name in line["datasets"]] for names in stream]
+    return Row(line["update"], [fmean(found) if found else None for found in scores])
 
 
 def transfer(rows: Sequence[Row]) -> dict[str, float | None]:
@@ -66,17 +72,47 @@ def mtil(rows: Sequence[Row]) -> dict[str, float] | None:
 
     With a dataset an update (`stream.per_dataset`), R is its mean accuracy over classes.
     """
-    updates = len(rows[0].scores)
-    known = all(score is not None for row in rows for score in row.scores)
-    if [row.update for row in rows] != list(range(updates + 1)) or not known:
+    scores = after_each(rows)
+    if scores is None or any(score is None for row in scores for score in row):
         return None
-    scores = [row.scores for row in rows[1:]]
-    before = [fmean(row[j] for row in scores[:j]) for j in range(1, updates)]
+    before = [fmean(row[j] for row in scores[:j]) for j in range(1, len(scores))]
     return {
         **({"transfer": fmean(before)} if before else {}),
         "average": fmean(map(fmean, scores)),
         "last": fmean(scores[-1]),
     }
+
+
+def tic(rows: Sequence[Row]) -> dict[str, float] | None:
+    """What TiC-CLIP reports of a model trained in time order (arXiv 2310.16226, section 2), periods as updates.
+
+    None before the last update, or where an update was not scored; periods that have no score are left out.
+
+        in_domain   mean of R[i][i], the diagonal
+        backward    mean of R[i][j] over all j < i, below it: periods before the last one learned
+        forward     mean of R[i][j] over all j > i, above it: periods yet to come
+
+    These are scores; `backward` and `forward` of `transfer` are changes. A single period has only the first.
+    """
+    scores = after_each(rows)
+    if scores is None:
+        return None
+    cells = [
+        (i - j, score) for i, row in enumerate(scores) for j, score in enumerate(row) if score is not None
+    ]
+    kinds = {
+        "in_domain": [score for ahead, score in cells if ahead == 0],
+        "backward": [score for ahead, score in cells if ahead > 0],
+        "forward": [score for ahead, score in cells if ahead < 0],
+    }
+    return {kind: fmean(found) for kind, found in kinds.items() if found}
+
+
+def after_each(rows: Sequence[Row]) -> list[list[float | None]] | None:
+    """R[1] to R[T]; None before the last update, or where an update was not scored."""
+    if [row.update for row in rows] != list(range(len(rows[0].scores) + 1)):
+        return None
+    return [row.scores for row in rows[1:]]
 
 
 def accuracy_on(concepts: Update, line: dict) -> float | None:

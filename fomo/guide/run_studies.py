@@ -87,7 +87,7 @@ class Job:
 
     def scores(self) -> dict[str, np.ndarray]:
         """By name after each scored update; of a run that diverged the last ones stand for those to come."""
-        updates, every = self.recipe.stream.updates, self.recipe.evaluation.every
+        updates, every = self.recipe.stream.updates, self.recipe.evaluated_every
         count = 1 + len({1, updates, *range(every, updates + 1, every)})
         lines = self.evaluations()
         found = {key: np.array([line[key] for line in lines], dtype=float) for key in SCORED}

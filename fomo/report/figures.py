@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from fomo.atomic import write_atomically
@@ -96,6 +97,15 @@ class Training:
 
     rates: RateCurve
     runs: list[list[dict]]  # lines of train.jsonl
+
+
+@dataclass(frozen=True)
+class Periods:
+    """What a model knows of each period of time, after each update of which one taught it."""
+
+    names: list[str]  # T, in the order of the updates
+    updates: list[int]
+    scores: np.ndarray  # KA, percent, (U, T); NaN where a period has no test picture
 
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -405,6 +415,34 @@ def stream_figure(stream: Sequence[Mapping[str, int]]) -> Figure:
     mesh = axes.imshow(shown, extent=extent, **style)
     axes.set_yticks(range(len(sets)), [shorten(name, 24) for name in sets], fontsize=8)
     count_updates(axes, "update")
+    axes.grid(False)
+    figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02)
+    return figure
+
+
+def periods_figure(periods: Periods) -> Figure:
+    """KA after each update (rows) on each period (columns), written into the cells while they are large enough.
+
+    A frame marks what the update of the row taught: left of it is backward transfer, right of it forward transfer.
+    """
+    rows, columns = periods.scores.shape
+    figure, (axes,) = new_figure(height=1.2 + 0.28 * min(rows, 20))
+    axes.set_title("KA by period, %")
+    mesh = axes.imshow(periods.scores, cmap="viridis", aspect="auto", interpolation="none")
+    frame = {"width": 1, "height": 1, "fill": False, "edgecolor": COLOURS[1], "linewidth": 2}
+    for row, update in enumerate(periods.updates):
+        if update:
+            axes.add_patch(Rectangle((update - 1.5, row - 0.5), **frame))
+    middle, centred = (mesh.norm.vmin + mesh.norm.vmax) / 2, {"ha": "center", "va": "center", "fontsize": 8}
+    for (row, column), score in np.ndenumerate(periods.scores) if columns <= 8 else ():
+        text = f"{score:.1f}" if np.isfinite(score) else "n/a"
+        axes.text(column, row, text, color="white" if score < middle else "black", **centred)
+    every, begins = math.ceil(columns / 12), [name.partition("..")[0] for name in periods.names]
+    tilted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if columns > 5 else {}
+    axes.set_xticks(range(0, columns, every), begins[::every], fontsize=8, **tilted)
+    every = math.ceil(rows / 20)
+    axes.set_yticks(range(0, rows, every), periods.updates[::every])
+    axes.set(xlabel="period (its first date)" if begins != periods.names else "period", ylabel="update")
     axes.grid(False)
     figure.colorbar(mesh, ax=axes, fraction=0.05, pad=0.02)
     return figure

@@ -33,6 +33,7 @@ from fomo.report.figures import (
     budget_figure,
     choice_figure,
     datasets_figure,
+    periods_figure,
     plane_figure,
     render,
     scores_figure,
@@ -59,6 +60,10 @@ SUMMARY = (
     "the run."
 )
 WORTH = "Interpolations between the weights of the last update before any merge (0) and those before it (1)."
+PERIODS = (
+    "KA on the test pictures of each period after each update; framed is the period that it taught, left of it "
+    "those before, right of it those to come. Update 0: the untouched model."
+)
 TRANSFER = (
     "Forward: what concepts not yet taught gained; backward: how those taught have changed since; forgetting: "
     "their loss against their best. Drift: mean cosine between an image's features now and at first (1: none)."
@@ -277,6 +282,8 @@ def plots_of(group: Group, prefix: str) -> list[Plot]:
     if len(stream) > 1:
         note = f"The order of {first.name}." if len(group.records) > 1 else ""
         found.append(("stream", "which dataset feeds which update", stream_figure, stream, note))
+    if periods := group.periods():
+        found.append(("periods", "what each update knows of each period", periods_figure, periods, PERIODS))
     if several and (spent := group.spent()):
         found.append(("budget", "what each update spent", budget_figure, spent))
     return [Plot(prefix + name, f"{group.label}: {title}", *rest) for name, title, *rest in found]
@@ -359,12 +366,14 @@ def transfer_table(group: Group) -> Columns:
     """A row per update: what the updates did to what was taught before and after them."""
     kinds = {kind: Values(group.values("transfer", kind).T, "+.1f") for kind in ("forward", "backward")}
     mtil = {kind: Values(group.values("mtil", kind).T) for kind in ("transfer", "average", "last")}
+    tic = {kind: Values(group.values("tic", kind).T) for kind in ("in_domain", "backward", "forward")}
     return {
         "update": [str(update) for update in group.updates],
         **kinds,
         "forgetting": Values(group.values("transfer", "forgetting").T),
         "drift": Values(group.values("drift").T, ".3f"),
         **{f"MTIL {kind}": v for kind, v in mtil.items() if v.known and group.planned > 1},
+        **{f"TiC-CLIP {kind.replace('_', '-')}": v for kind, v in tic.items() if v.known},
     }
 
 

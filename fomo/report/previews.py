@@ -12,8 +12,8 @@ import torch
 
 from fomo.budget.mafs import planned_steps, work_of
 from fomo.clip import Clip
-from fomo.datasets import datafile
 from fomo.datasets.orders import Context, make_stream
+from fomo.datasets.periods import read_for
 from fomo.datasets.stream import Concept, composition, concepts_of, lines_of, summary, write_stream
 from fomo.errors import UserError
 from fomo.load_recipe import load
@@ -52,7 +52,7 @@ def preview_stream(
 
     An order that needs no model opens neither it nor any picture.
     """
-    data = datafile.read(recipe.data)
+    data = read_for(recipe)
     concepts, sizes = concepts_of(data)
     if how.per_dataset:
         how = replace(how, updates=len({c.dataset for c in concepts}))

@@ -19,8 +19,9 @@ import numpy as np
 
 from fomo.errors import UserError
 from fomo.eval.meaning import in_words
+from fomo.eval.transfer import row_of_sets
 from fomo.report.columns import deviation
-from fomo.report.figures import SCORES, Curve, Within
+from fomo.report.figures import SCORES, Curve, Periods, Within
 from fomo.runs.logs import read_lines, read_text, refuse_missing
 from fomo.schedules import RateCurve, Schedule
 from fomo.schema import build, read_yaml
@@ -198,6 +199,16 @@ class Group:
             keep: {key: np.array([row[key] for row in rows], float) for key in SCORES}
             for keep, rows in points
         }
+
+    def periods(self) -> Periods | None:
+        """The KA of each period after each update, mean over runs, where updates are periods of time."""
+        first = self.records[0]
+        stream = first.constants.get("stream")
+        if not (stream and first.recipe["stream"].get("every")):
+            return None
+        scores = [[row_of_sets(line, stream).scores for line in of_run] for of_run in self.lines]
+        names = [next(iter(sets)).rpartition("/")[2] for sets in stream]
+        return Periods(names, self.updates, np.array(scores, dtype=float).mean(axis=0))
 
     @property
     def deployed_keep(self) -> float | None:

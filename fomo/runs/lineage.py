@@ -32,6 +32,7 @@ from fomo.clip import load as load_model
 from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile, Entry
 from fomo.datasets.infer import as_data_file, is_data_file, recipe_for
+from fomo.datasets.periods import as_recorded
 from fomo.datasets.stream import concepts_of
 from fomo.distributed import Ranks
 from fomo.errors import Interrupted, UserError
@@ -116,8 +117,8 @@ def start_run(
     named = recipe_path or options.get("scale") or any(o.startswith("scale=") for o in options["overrides"])
     recipe_path = recipe_path or GUIDE
     if data is None or is_data_file(data):
-        fitted = None if data is None or named else recipe_for(Path(data))
-        recipe = load(recipe_path, data=data, fitted=fitted, **options)
+        fitted = data is not None and not named
+        recipe = load_fitted(recipe_path, data, fitted, **options)
         return recipe, Path(out) if out else default_folder(recipe_path, recipe, data)
     folder = Path(out) if out else Path("runs") / Path(data).resolve().stem
     place = folder
@@ -128,7 +129,17 @@ def start_run(
     file = place / "data.yaml"
     if not (resume and file.exists()):  # else it may have been edited
         as_data_file(data, place, one_class)
-    return load(recipe_path, data=str(file), fitted=recipe_for(file), **options), folder
+    return load_fitted(recipe_path, str(file), fitted=True, **options), folder
+
+
+def load_fitted(path: str | Path, data: str | None, fitted: bool, **options) -> Recipe:
+    """A recipe, if so fitted to the data, or to those of an update if there are several by `stream.every`."""
+    if not fitted:
+        return load(path, data=data, **options)
+    recipe = load(path, data=data, fitted=recipe_for(Path(data)), **options)
+    if recipe.stream.every:
+        recipe = load(path, data=data, fitted=recipe_for(Path(data), recipe.stream.updates), **options)
+    return recipe
 
 
 def default_folder(recipe_path: str | Path, recipe: Recipe, data: str | None) -> Path:
@@ -165,6 +176,7 @@ def continue_run(
 ) -> tuple[Recipe, Path]:
     """Make the child run that teaches `data` (a data file, or what infer.py takes) in one update.
 
+    Of a run in periods (`stream.every`) the periods stay, and what is new is one update, whatever its dates.
     -> its recipe and folder, to be run with `resume`.
     """
     update = head_of(parent)
@@ -177,12 +189,16 @@ def continue_run(
     with staged_folder(folder) as staging:
         file = data if is_data_file(data) else as_data_file(data, staging, one_class)
         new = datafile.read(file, skip_bad)
-        old = datafile.read(parent / "data.yaml")
+        old, record = datafile.read(parent / "data.yaml"), Run(parent).stream()
         names = free_names(new.adaptation, {**old.adaptation, **old.evaluation})
+        if every_of(parent):
+            old = as_recorded(old, recorded_sets(parent, record))
+            note = "in periods so far (stream.every); the new data is one update, whatever its dates"
+            print(f"{parent}: {note}", file=sys.stderr)
         write_yaml(staging / "data.yaml", both_contents(old, new, names))
-        record = Run(parent).stream()
         fresh = [[names[c.dataset], c.label, names.get(c.name, c.name)] for c in concepts_of(new)[0]]
-        recipe = next_recipe(load(parent / "recipe.yaml"), folder, update + 1, len(record["updates"]))
+        before = load(parent / "recipe.yaml", overrides=["stream.every=null"])
+        recipe = next_recipe(before, folder, update + 1, len(record["updates"]))
         write_yaml(staging / "recipe.yaml", dataclasses.asdict(recipe))
         record["updates"] = [*record["updates"][:update], fresh]
         (staging / "stream.json").write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
@@ -190,6 +206,17 @@ def continue_run(
         write_yaml(staging / "parent.yaml", origin)
         copy_state(parent, staging, checkpoint, update + 1)
     return recipe, folder
+
+
+def every_of(run: Path) -> str | int | None:
+    """What makes the updates of a run, where periods of time do."""
+    return read_yaml(run / "recipe.yaml").get("stream", {}).get("every")
+
+
+def recorded_sets(run: Path, record: dict) -> list[str]:
+    """The sets that a run learns from and those that it only tests on, its periods."""
+    learnt = [name for name, role in constants_of(run)["roles"].items() if role == "adaptation"]
+    return list(dict.fromkeys([*record["sources"], *learnt]))
 
 
 def is_untrained(folder: Path) -> bool:

@@ -276,3 +276,51 @@ def test_one_class_is_accepted_where_it_is_said(tmp_path):
     content, _ = infer(photos, one_class=True)
     assert content["adaptation"]["photos"]["one_class"] is True
     assert "one_class" not in infer(photos)[0]["adaptation"]["photos"]
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "found"),
+    [
+        ("date", ["2024-05-17", "2024-06-01"], "date"),
+        ("Year", ["2023", "2024"], "Year"),
+        ("created_at", ["2024-05-17T10:00:00Z", "2024-05-18 11:00:00"], "created_at"),
+        ("time", ["12:30", "13:45"], None),
+        ("date", ["17/05/2024", "18/05/2024"], None),
+        ("when", ["2024-05-17", "2024-05-18"], None),
+    ],
+)
+def test_a_column_of_dates_is_found_by_its_name_if_it_holds_dates(tmp_path, column, cells, found):
+    rows = [["file", "label", column], *([f"{i}.png", label(i), cells[i % 2]] for i in range(12))]
+    entry, train, _ = opened(table(tmp_path / "shop/a.csv", rows), tmp_path / "run")
+    assert entry.spec.get("date") == found and train.classes == ["0", "1"]
+    assert (train.dates is not None) == (found is not None)
+
+
+def test_dates_are_not_taken_for_the_only_column_of_classes(tmp_path):
+    rows = [["file", "sort", "date"], *([f"{i}.png", label(i), f"2024-0{1 + i % 3}"] for i in range(12))]
+    entry, train, _ = opened(table(tmp_path / "shop/a.csv", rows), tmp_path / "run")
+    assert (entry.spec["concept"], entry.spec["date"], train.classes) == ("sort", "date", ["0", "1"])
+
+
+def test_dates_that_only_one_of_two_tables_has_are_not_used_and_said(tmp_path, capsys):
+    rows = [["file", "label"], *([f"{i}.png", label(i)] for i in range(8))]
+    table(tmp_path / "shop/test.csv", rows[:1] + [[f"t{name}", kind] for name, kind in rows[1:]])
+    dated = [[*rows[0], "date"], *([*row, "2024-05"] for row in rows[1:])]
+    table(tmp_path / "shop/train.csv", dated)
+    file = as_data_file(tmp_path / "shop", tmp_path / "run")
+    assert "dates are not used, only one split has the column date" in capsys.readouterr().err
+    assert "date" not in read(file).adaptation["shop"].spec
+
+
+def test_periods_share_the_pictures_and_so_the_passes(tmp_path):
+    """160 pictures in four months: batches of a quarter of a month's, ten passes each."""
+    rows = [["file", "label", "date"], *([f"{i}.png", label(i), f"2024-0{1 + i % 4}"] for i in range(160))]
+    file, options = table(tmp_path / "shop/a.csv", rows), {"overrides": ["stream.order=time"]}
+    whole, _ = start_run(None, str(file), str(tmp_path / "one"), resume=False, dry_run=True, **options)
+    options["overrides"].append("stream.every=month")
+    months, _ = start_run(None, str(file), str(tmp_path / "two"), resume=False, dry_run=True, **options)
+    assert (whole.stream.updates, months.stream.updates) == (1, 4)
+    assert (
+        months.budget.steps * months.optimizer.batch_size
+        < whole.budget.steps * whole.optimizer.batch_size / 3
+    )

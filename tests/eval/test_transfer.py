@@ -2,7 +2,7 @@
 
 import pytest
 
-from fomo.eval.transfer import Row, mtil, row_of, transfer
+from fomo.eval.transfer import Row, mtil, row_of, row_of_sets, tic, transfer
 
 # Three updates of one concept each. Rows: the untouched model, then after each update.
 R = [
@@ -108,3 +108,23 @@ def test_the_numbers_of_mtil_by_hand():
     assert mtil(rows[:-1]) is None
     assert mtil([rows[0], *rows[2:]]) is None  # an update that was not scored
     assert mtil([Row(0, [10]), Row(1, [30])]) == {"average": 30, "last": 30}
+
+
+def test_the_numbers_of_tic_clip_by_hand():
+    """Three periods: the diagonal 50, 60, 70; below it 45, 40, 55; above it 22, 31, 33."""
+    scores = [[10, 20, 30], [50, 22, 31], [45, 60, 33], [40, 55, 70]]
+    rows = [Row(i, row) for i, row in enumerate(scores)]
+    assert tic(rows) == {"in_domain": 60, "backward": (45 + 40 + 55) / 3, "forward": (22 + 31 + 33) / 3}
+    assert tic(rows[:-1]) is None
+    assert tic([rows[0], *rows[2:]]) is None  # an update that was not scored
+    assert tic([Row(0, [10]), Row(1, [30])]) == {"in_domain": 30}
+    without = [
+        Row(i, [row[0], None, row[2]]) for i, row in enumerate(scores)
+    ]  # nothing to test the second on
+    assert tic(without) == {"in_domain": 60, "backward": (45 + 40) / 2, "forward": (31 + 33) / 2}
+
+
+def test_a_row_of_sets_is_the_mean_of_those_that_an_update_taught_and_that_are_tested():
+    line = {"update": 2, "datasets": {"a/2023": 10, "a/2024": 30, "b/2024": 50, "kept": 90}}
+    stream = [{"a/2023": 4}, {"a/2024": 4, "b/2024": 1}, {"a/2025": 3}]
+    assert row_of_sets(line, stream) == Row(2, [10, 40, None])

@@ -389,3 +389,57 @@ def test_figures_and_tables_are_files_beside_the_page(tmp_path):
     ka = np.array([[line["ka"] for line in metrics(run)] for run in folders[:2]])
     np.testing.assert_allclose([float(row["KA"]) for row in rows], ka.mean(axis=0))
     np.testing.assert_allclose([float(row["KA sd"]) for row in rows], ka.std(axis=0, ddof=1))
+
+
+def in_periods(folder: Path, scores: list[list[float | None]], names: list[str], **tic: float) -> Path:
+    """A finished run of an update a period; scores: of each period after each update."""
+    roles = {f"shop/{name}": "adaptation" for name in names}
+    run = make_run(folder, updates=len(names), roles=roles, new=True)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["stream"]["every"] = "month"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    constants = json.loads((run / "run.json").read_text())
+    constants["stream"] = [{name: 3} for name in roles]
+    (run / "run.json").write_text(json.dumps(constants))
+    lines = metrics(run)
+    for line, row in zip(lines, scores, strict=True):
+        line["datasets"] = {n: s for n, s in zip(roles, row, strict=True) if s is not None}
+    write_lines(run, [*lines[:-1], {**lines[-1], "tic": tic}])
+    return run
+
+
+def test_a_run_in_periods_has_the_matrix_of_all_by_all_and_tics_numbers(tmp_path):
+    scores = [[10, 20, 30], [50, 22, 31], [45, 60, 33], [40, 55, 70]]
+    run = in_periods(tmp_path / "run", scores, ["2024-01", "2024-02", "2024-03"], in_domain=60, backward=46.7)
+    page = write_report([run], tmp_path / "page.html").read_text()
+    assert {"TiC-CLIP in-domain", "TiC-CLIP backward"} <= {cell for row in Page(page).rows for cell in row}
+    assert "TiC-CLIP forward" not in page and (tmp_path / "page_files/periods.svg").exists()
+    (group,) = groups_of(run)
+    periods = group.periods()
+    assert (periods.names, periods.updates) == (["2024-01", "2024-02", "2024-03"], [0, 1, 2, 3])
+    assert periods.scores.tolist() == scores
+    figure = figure_of(figures.periods_figure, periods)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == [f"{score:.1f}" for row in scores for score in row]
+    assert [(frame.get_x(), frame.get_y()) for frame in figure.axes[0].patches] == [
+        (-0.5, 0.5),
+        (0.5, 1.5),
+        (1.5, 2.5),
+    ]
+
+
+def test_runs_without_periods_have_no_matrix(tmp_path):
+    assert groups_of(make_run(tmp_path / "run", new=True))[0].periods() is None
+    assert groups_of(make_run(tmp_path / "old"))[0].periods() is None
+
+
+def test_a_matrix_of_sixty_months_is_drawn_without_numbers_and_one_of_untested_periods_too(tmp_path):
+    names = [f"{2019 + n // 12}-{1 + n % 12:02d}" for n in range(60)]
+    many = figures.Periods(names, list(range(61)), np.random.default_rng(0).uniform(0, 100, (61, 60)))
+    figure = figure_of(figures.periods_figure, many)
+    assert not figure.axes[0].texts and figure.get_size_inches()[1] < 8
+    none = figures.Periods(["2024"], [0, 1], np.full((2, 1), np.nan))
+    assert [text.get_text() for text in figure_of(figures.periods_figure, none).axes[0].texts] == [
+        "n/a",
+        "n/a",
+    ]

@@ -44,6 +44,7 @@ class Source:
 
     classes: class names in label order; empty for a set that has captions only.
     labels: (n,) int64, position in `classes`; -1 where a sample belongs to no class.
+    dates: (n,) texts as dates.py has them, "" for an unknown one; None: the source knows nothing of time.
     prompts: templates for zero-shot classification, `{}` stands for the class name.
     notes: what was left out or looks wrong, one line each; shown when the source is opened.
     """
@@ -51,6 +52,7 @@ class Source:
     split_field = "path"
     classes: list[str]
     labels: np.ndarray
+    dates: np.ndarray | None = None
     prompts: tuple[str, ...] = ("a photo of a {}.",)
     notes: tuple[str, ...] = ()
     unread: Mapping[int, str] = MappingProxyType({})  # whose `.txt` could not be read so far, and why
@@ -110,6 +112,7 @@ class Part(Source):
         self.weight, self.cache, self.rendered = source.weight, source.cache, source.rendered
         self.skip_bad, self.data_file = source.skip_bad, source.data_file
         self.labels = source.labels[numbers]
+        self.dates = None if source.dates is None else source.dates[numbers]
 
     def image(self, index: int) -> Image.Image:
         return self.whole.image(int(self.numbers[index]))

@@ -27,6 +27,7 @@ class Parquet(Rows):
         concept: str | None = None,
         root: str | None = None,
         split_column: str | None = None,
+        date: str | None = None,
         split: str = "train",
     ):
         self.parts = [path] if isinstance(path, str) else path
@@ -34,7 +35,7 @@ class Parquet(Rows):
             raise UserError("path: an empty list, expected Parquet files")
         self.embedded = image in embedded_in(opened(self.parts[0]))
         self.held: tuple[tuple[int, int], list] = ((-1, -1), [])  # part and row group, and its pictures
-        super().__init__(self.parts[0], image, caption, concept, root, split_column, split)
+        super().__init__(self.parts[0], image, caption, concept, root, split_column, date, split)
 
     def records(self) -> Iterator[Row]:
         files = [opened(part) for part in self.parts]

@@ -9,7 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from unicodedata import normalize
 
+import numpy as np
+
 from fomo.datasets.arrays import Captions, Strings
+from fomo.datasets.dates import date_of
 from fomo.datasets.sources.base import Captioned, NamedClasses, PictureFiles, distinct
 from fomo.datasets.sources.folders import Tree
 from fomo.datasets.sources.split_names import chosen_test, split_in
@@ -26,8 +29,8 @@ class Rows(PictureFiles, Captioned, NamedClasses):
     """All rows of one picture, wherever they stand, are one sample with several captions, each of them once.
 
     A picture without a caption in the table has the lines of the `.txt` beside it. Samples are in the order of
-    their first rows; a picture has one class, that of its first row that has any. A name that is no path from
-    `root` stands for the one picture below `root` whose path ends so, with or without its suffix.
+    their first rows; a picture has one class and one date, those of its first rows that have any. A name that is
+    no path from `root` stands for the one picture below `root` whose path ends so, with or without its suffix.
     """
 
     def __init__(
@@ -38,25 +41,31 @@ class Rows(PictureFiles, Captioned, NamedClasses):
         concept: str | None,
         root: str | None,
         split_column: str | None,
+        date: str | None,
         split: str,
     ):
-        """image, caption, concept: names of columns; concept: that of the class names."""
-        self.path, self.columns = path, (image, caption, concept)
+        """image, caption, concept, date: names of columns; concept: that of the class names."""
+        self.path, self.columns = path, (image, caption, concept, date)
         self.split_column, self.split = split_column, split
         self.base = root or str(Path(path).parent)
         self.moved: dict[str, str] = {}  # names in the table -> where the pictures are
+        self.unreadable: dict[int, str] = {}  # number of the sample -> what stands for its date
         self.ignored: Counter = Counter()  # rows by what a column of splits says that is not used
         names: dict[str, int] = {}  # class name -> its number here
         numbers: dict[str, int] = {}  # path -> number of the sample
-        files, labels, captions, contradictory = [], [], [], {}
-        for file, texts, concept in self.rows():
+        files, labels, captions, dates, contradictory = [], [], [], [], {}
+        for file, texts, concept, written in self.rows():
             place = self.place(file)
             number = numbers.setdefault(os.path.normpath(os.path.join(self.base, place)), len(files))
             if number == len(files):
                 files.append(place)
                 labels.append(-1)
                 captions.append([])
+                dates.append("")
             captions[number] += texts
+            dates[number] = dates[number] or date_of(written)
+            if written and not dates[number]:
+                self.unreadable.setdefault(number, written)
             label = names.setdefault(concept, len(names)) if concept else -1
             if labels[number] == -1:
                 labels[number] = label
@@ -65,9 +74,11 @@ class Rows(PictureFiles, Captioned, NamedClasses):
         if not files:
             raise UserError(f"{self.path}: no rows below the header")
         self.files = Strings.of(files)
-        written = map(distinct, captions)
-        self.texts = Captions.of([texts or self.captions_beside(i) for i, texts in enumerate(written)])
+        given = map(distinct, captions)
+        self.texts = Captions.of([texts or self.captions_beside(i) for i, texts in enumerate(given)])
         self.number(list(names), labels)
+        if date:
+            self.dates = np.array(dates)
         self.notes = tuple(self.remarks(contradictory))
 
     def remarks(self, contradictory: dict[int, str]) -> Iterator[str]:
@@ -78,6 +89,10 @@ class Rows(PictureFiles, Captioned, NamedClasses):
             first = f"first: {self.files[number]} ({both})"
             count = plural(len(contradictory), "picture has", "pictures have")
             yield f"{count} rows of several classes, {first}; only the first of them is used"
+        if self.dates is not None and (undated := np.flatnonzero(self.dates == "")).size:
+            example = self.unreadable.get(int(undated[0]), "")
+            first = f"first: {self.files[int(undated[0])]} ({example!r})"
+            yield f"{plural(len(undated), 'picture has', 'pictures have')} no date that can be read, {first}"
         if len(self.ignored) > 1:
             found = ", ".join(f"{kind} {count}" for kind, count in self.ignored.items())
             yield f"the column 'split' ({found}) is not used; to use it: `path` and `split_column: split`"
@@ -86,9 +101,9 @@ class Rows(PictureFiles, Captioned, NamedClasses):
             what = plural(len(self.moved), "picture was", "pictures were")
             yield f"{what} found below {self.base} by the end of the path, first: {place} for {name}"
 
-    def rows(self) -> Iterator[tuple[str, list[str], str]]:
-        """(picture, captions, concept) of each row of this split, empty where it has none."""
-        image, caption, concept = self.columns
+    def rows(self) -> Iterator[tuple[str, list[str], str, str]]:
+        """(picture, captions, concept, date) of each row of this split, empty where it has none."""
+        image, caption, concept, date = self.columns
         wanted = self.values_of_split() if self.split_column else None
         for number, row in enumerate(self.records(), 1):
             if wanted is not None and plain(row.get(self.split_column)) not in wanted:
@@ -99,7 +114,8 @@ class Rows(PictureFiles, Captioned, NamedClasses):
                 raise UserError(f"{self.path}: row {number} has no {image}")
             texts = row.get(caption) if caption else None
             texts = texts if isinstance(texts, list) else [texts]
-            yield file, list(map(plain, texts)), plain(row.get(concept)) if concept else ""
+            found = [plain(row.get(column)) if column else "" for column in (concept, date)]
+            yield file, list(map(plain, texts)), *found
 
     def values_of_split(self) -> set[str]:
         """What stands in the column for this split."""
@@ -194,12 +210,13 @@ class Table(Rows):
         separator: str | None = None,
         root: str | None = None,
         split_column: str | None = None,
+        date: str | None = None,
         split: str = "train",
     ):
         self.separator = separator or self.separator
         if self.separator and len(self.separator) != 1:
             raise UserError(f"{path}: separator: expected one character, got {separator!r}")
-        super().__init__(path, image, caption, concept, root, split_column, split)
+        super().__init__(path, image, caption, concept, root, split_column, date, split)
 
     def records(self) -> Iterator[Row]:
         columns, rows = separated(Path(self.path), self.separator)
@@ -222,9 +239,10 @@ class Json(Rows):
         concept: str | None = None,
         root: str | None = None,
         split_column: str | None = None,
+        date: str | None = None,
         split: str = "train",
     ):
-        super().__init__(path, image, caption, concept, root, split_column, split)
+        super().__init__(path, image, caption, concept, root, split_column, date, split)
 
     def records(self) -> Iterator[Row]:
         objects = json_objects(Path(self.path))

@@ -30,6 +30,7 @@ import PIL
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
 from fomo.datasets.sources.base import Source
+from fomo.errors import FieldError
 from fomo.schema import Count, Range, Share, one_of
 
 VERSION = 3  # raise it whenever a pixel or a caption changes
@@ -600,6 +601,8 @@ class World(Source):
     concepts: list[str] | Count | None = (
         None  # present ones: class names, or the first so many of each domain
     )
+    # as if photographed over time: year -> style, so that the look drifts; each has as many pictures of a concept
+    years: dict | None = None
     wrong_captions: Share = 0.0  # share of the pictures that have the caption of another one
     split_field = "per_concept"
     rendered = True
@@ -616,6 +619,19 @@ class World(Source):
             self.classes = [concept for _, concept in self.members]
             self.prompts = (domains[0].prompt,)
         self.labels = np.repeat(np.array(self.present(), dtype=np.int64), self.per_concept)
+        if self.years:
+            self.check_years()
+            years = np.array([f"{year:04d}" for year in self.years])
+            numbers = np.arange(len(self.labels)) % self.per_concept
+            self.dates = years[numbers * len(years) // self.per_concept]
+
+    def check_years(self) -> None:
+        for year, style in self.years.items():
+            if not isinstance(year, int) or not 0 < year < 10_000:
+                raise FieldError("years", f"got {year!r}, accepted: years, each with a style")
+            one_of(f"years.{year}", style, STYLES)
+        if self.style != "plain":
+            raise FieldError("style", "years say the styles, leave it out")
 
     def present(self) -> list[int]:
         """The labels that `concepts` asks for; those of absent concepts stay unused."""
@@ -626,11 +642,16 @@ class World(Source):
         return [i for i, name in enumerate(self.classes) if self.concepts is None or name in self.concepts]
 
     def image(self, index: int) -> Image.Image:
-        return render(*self.locate(index), split=self.split, seed=self.seed, style=self.style, size=self.size)
+        style = self.style_of(index)
+        return render(*self.locate(index), split=self.split, seed=self.seed, style=style, size=self.size)
 
     def captions(self, index: int) -> list[str]:
         shown = self.captioned(index) if self.wrong_captions else index
-        return [caption(*self.locate(shown), split=self.split, seed=self.seed, style=self.style)]
+        style = self.style_of(shown)
+        return [caption(*self.locate(shown), split=self.split, seed=self.seed, style=style)]
+
+    def style_of(self, index: int) -> str:
+        return self.years[int(self.dates[index])] if self.years else self.style
 
     def captioned(self, index: int) -> int:
         """The picture that the caption of `index` is about: mostly its own."""
@@ -648,10 +669,11 @@ class World(Source):
 
     def id_of(self, index: int) -> str:
         # without the seed: pictures of another are other draws of the same
-        return f"{self.name_of(index)} {self.style} {self.split}"
+        return f"{self.name_of(index)} {self.style_of(index)} {self.split}"
 
     def key(self) -> str:
         present = np.unique(self.labels).tolist()
         what = (self.domain, self.split, self.style, self.seed, self.size, self.per_concept, present)
         wrong = f" {self.wrong_captions:g} wrong" if self.wrong_captions else ""
-        return f"world {VERSION} {what} pillow {PIL.__version__} numpy {np.__version__}{wrong}"
+        years = f" {self.years}" if self.years else ""
+        return f"world {VERSION} {what} pillow {PIL.__version__} numpy {np.__version__}{wrong}{years}"

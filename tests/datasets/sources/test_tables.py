@@ -1,13 +1,17 @@
 """open_clip's CSV and TSV files."""
 
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from fomo.datasets.datafile import entry
+from fomo.datasets.sources.parquet import Parquet
 from fomo.datasets.sources.tables import Json, Table, Tsv
 from fomo.errors import UserError
 
@@ -197,3 +201,35 @@ def test_json_lines_lists_and_cocos_form(tmp_path):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UserError, match=expected):
             Json(str(tmp_path / "bad.json"))
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+def test_a_column_of_dates_is_the_first_of_each_picture_and_what_cannot_be_read_is_counted(tmp_path, kind):
+    table(tmp_path, "")
+    cells = ["2024-05-17", "soon", "2024-05-18T01:00:00+09:00", "", "2023"]
+    rows = [{"file": f"pics/{n}.png", "day": day} for n, day in zip((0, 1, 2, 3, 0), cells, strict=True)]
+    path = tmp_path / f"d.{kind}"
+    if kind == "csv":
+        path.write_text("file,day\n" + "".join(f"{row['file']},{row['day']}\n" for row in rows))
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    source = {"csv": Table, "json": Json, "parquet": Parquet}[kind](
+        str(path), image="file", caption=None, date="day"
+    )
+    assert source.dates.tolist() == ["2024-05-17", "", "2024-05-18", ""]
+    assert source.notes == ("2 pictures have no date that can be read, first: pics/1.png ('soon')",)
+
+
+def test_dates_of_parquet_and_json_are_times_and_numbers(tmp_path):
+    table(tmp_path, "")
+    days = [datetime(2024, 5, 17, 23, 59, tzinfo=timezone.utc), datetime(2023, 1, 2, tzinfo=timezone.utc)]
+    for name, values in (("times", days), ("dates", [day.date() for day in days])):
+        rows = [{"image": f"pics/{n}.png", "day": day} for n, day in enumerate(values)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+        source = Parquet(str(tmp_path / f"{name}.parquet"), caption=None, date="day")
+        assert source.dates.tolist() == ["2024-05-17", "2023-01-02"]
+    rows = [{"file_name": f"pics/{n}.png", "year": year} for n, year in enumerate((2024, 2023.0, None))]
+    (tmp_path / "y.json").write_text(json.dumps(rows))
+    assert Json(str(tmp_path / "y.json"), caption=None, date="year").dates.tolist() == ["2024", "2023", ""]

@@ -163,3 +163,31 @@ def test_wrong_captions_are_those_of_other_pictures_and_pixels_stay():
 def test_a_world_can_be_sent_to_a_process_that_is_not_forked():
     again = pickle.loads(pickle.dumps(World("base", 2, style="mixed")))
     assert again.captions(5) == World("base", 2, style="mixed").captions(5)
+
+
+def test_years_give_pictures_dates_and_each_year_its_style():
+    years = {2021: "plain", 2023: "noisy", 2024: "gray"}
+    drifting = World("stars", split="test", per_concept=6, years=years)
+    assert drifting.dates[:6].tolist() == ["2021", "2021", "2023", "2023", "2024", "2024"]
+    for style, numbers in (("plain", (0, 1)), ("noisy", (2, 3)), ("gray", (4, 5))):
+        whole = World("stars", split="test", per_concept=6, style=style)
+        for index in (*numbers, *(6 * 9 + n for n in numbers)):
+            assert drifting.image(index).tobytes() == whole.image(index).tobytes()
+            assert drifting.captions(index) == whole.captions(index)
+            assert drifting.id_of(index) == whole.id_of(index)
+    assert drifting.key() != World("stars", split="test", per_concept=6).key()
+    assert World("stars", split="test", per_concept=6).dates is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"years": {2021: "blue"}}, "years.2021: unknown 'blue' (did you mean blurred?), accepted: plain"),
+        ({"years": {"May": "gray"}}, "years: got 'May', accepted: years, each with a style"),
+        ({"years": {20210: "gray"}}, "years: got 20210"),
+        ({"years": {2021: "gray"}, "style": "noisy"}, "style: years say the styles, leave it out"),
+        ({"years": [2021]}, "years: expected named fields, got [2021]"),
+    ],
+)
+def test_mistakes_in_years(fields, expected):
+    assert expected in one_line(build, World, {"domain": "stars", "per_concept": 2, **fields})
