@@ -33,7 +33,7 @@ from fomo.guide.inequalities import (
 from fomo.guide.studies import Claim, Study
 from fomo.guide.tuning import choose_peak
 from fomo.report.columns import deviation, number
-from fomo.report.figures import Curve, plane_figure
+from fomo.report.figures import Curve, plane_figure, render
 from fomo.report.page import Card, html_page, picture
 from fomo.text import plural
 
@@ -190,9 +190,12 @@ class Outcome:
             rows.append([name, f"{choice.peak:g}{notes}", f"{untouched.mean():.1f}", scores])
         return [["method", "best peak", "GM untouched", "GM by peak"], *rows] if rows else []
 
+    def curves(self) -> dict[str, Curve]:
+        return {name: curve(name, runs) for name, runs in self.scores.items() if runs}
+
     def planes(self) -> list[str]:
         """Pictures of the KA-ZS plane, so many that curves can be told apart; control and joint are in each."""
-        curves = {name: curve(name, runs) for name, runs in self.scores.items() if runs}
+        curves = self.curves()
         always = [curves.pop(name) for name in ("control", JOINT) if name in curves]
         others, step = list(curves.values()), PER_PLANE - 1
         groups = [[*others[i : i + step], *always] for i in range(0, max(len(others), 1), step)]
@@ -294,7 +297,7 @@ def tables_of(outcome: Outcome) -> list[list[list[str]]]:
 
 
 def write_document(path: Path, outcomes: list[Outcome], findings: list[Finding], scale: str) -> None:
-    """docs/reproduction.md: everything that was found, and how to find it again."""
+    """docs/reproduction.md: everything that was found, and how to find it again; guide.png beside it."""
     option = "" if scale == "tiny" else f" --scale {scale}"
     commands = [f"python fomo.py reproduce {o.study.name}{option}" for o in outcomes]
     parts = [
@@ -312,6 +315,11 @@ def write_document(path: Path, outcomes: list[Outcome], findings: list[Finding],
         ]
         parts += [markdown(rows) for rows in tables_of(outcome)]
     write_atomically(path, ("\n\n".join(parts) + "\n").encode())
+    for outcome in outcomes:
+        if outcome.study.name == "summary" and scale == "tiny":
+            write_atomically(
+                path.with_name("guide.png"), render(plane_figure, [*outcome.curves().values()], "png")
+            )
 
 
 def machine() -> str:

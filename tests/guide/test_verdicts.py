@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from fomo.guide.studies import read_study
-from fomo.guide.verdicts import Outcome, claims_rows, markdown, rank, tally
+from fomo.guide.verdicts import Outcome, claims_rows, markdown, rank, tally, write_document
 from tests.guide.study_files import claim, study_file
 
 
-def outcome_of(folder: Path, **content) -> Outcome:
+def outcome_of(folder: Path, file: str = "study", **content) -> Outcome:
     """Of two seeds: fast ends at 10 and 11, slow at 11 and 12, broken at 12 and 13, on every axis."""
-    study = read_study(study_file(folder, **content))
+    study = read_study(study_file(folder, file, **content))
     ends = {name: 10.0 + i for i, name in enumerate(study.variants)}
     scores = {
         name: {s: {k: np.array([5.0, end + s]) for k in ("ka", "zs", "gm")} for s in (0, 1)}
@@ -96,3 +96,17 @@ def test_a_bar_in_an_inequality_does_not_break_the_table(tmp_path):
     findings = outcome_of(tmp_path, claims=[claim("1", "|ka(fast) - ka(slow)| < 0")]).findings
     row = markdown(claims_rows(findings)).splitlines()[-1]
     assert "\\|ka(fast) - ka(slow)\\| < 0" in row and row.replace("\\|", "").count("|") == 9
+
+
+def test_the_document_has_every_inequality_and_the_summary_is_a_picture(tmp_path):
+    study, summary = (
+        outcome_of(tmp_path, claims=[claim("1", CLEAR)]),
+        outcome_of(tmp_path, "summary", claims=[]),
+    )
+    write_document(tmp_path / "doc.md", [study, summary], study.findings, "tiny")
+    text = (tmp_path / "doc.md").read_text()
+    assert f"| 1 | {CLEAR} | +1.0 [1.0, 1.0] | holds |" in text and "`python fomo.py reproduce study`" in text
+    assert (tmp_path / "guide.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "guide.png").unlink()
+    write_document(tmp_path / "doc.md", [study, summary], study.findings, "b16")
+    assert not (tmp_path / "guide.png").exists()
