@@ -10,14 +10,21 @@ ends early only where that is better by more than the standard error that so few
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from fomo.eval.zero_shot import Scores
+from fomo.methods.base import Method
 from fomo.methods.merge import KEEPS
 from fomo.recipe import Recipe
+from fomo.runs.folder import Position
 from fomo.text import plural
 from fomo.weights import Weights
 
+# Scorer.validate: weights, by the share of the old model in them -> their scores on the validation pictures
+Validate = Callable[[Iterable[tuple[float | None, Weights]]], dict[float | None, Scores]]
 POINTS = 4
 
 
@@ -25,24 +32,47 @@ POINTS = 4
 class Choice:
     """Of one update, as far as it has got."""
 
-    points: int  # that are tried: 1, the end, if only the share is chosen
-    pictures: int  # of what is to be learned
+    points: int = 0  # that are tried: 1, the end, if only the share is chosen; 0: nothing is
+    pictures: int = 0  # of what is to be learned
     tried: list[dict] = field(default_factory=list)  # {"step", "keep", "ka", "zs", "gm"}
     best: Weights | None = None  # those tuned at the best step so far
 
     @classmethod
-    def of(cls, recipe: Recipe, pictures: int) -> "Choice | None":
-        """None where nothing is left to choose."""
-        if not recipe.chooses:
-            return None
-        return cls(POINTS if recipe.budget.auto else 1, pictures)
+    def of(cls, recipe: Recipe, pictures: int) -> "Choice":
+        return cls(POINTS if recipe.budget.auto else 1, pictures) if recipe.chooses else cls()
+
+    def __bool__(self) -> bool:
+        return self.points > 0
 
     def due(self, steps: int) -> list[int]:
         """After which of an update's steps something is tried; the last is its end."""
         return sorted({math.ceil(k * steps / self.points) for k in range(1, self.points + 1)})
 
-    def is_due(self, step: int, steps: int) -> bool:
-        return step in self.due(steps) and not self.was_tried(step)
+    def try_out(self, position: Position, method: Method, model: nn.Module, validate: Validate) -> None:
+        """Where it is due: score what could be deployed from here; keep the weights if this is the best step."""
+        if position.step in self.due(position.steps):
+            self.try_now(position.step, method, model, validate)
+
+    def try_now(self, step: int, method: Method, model: nn.Module, validate: Validate) -> None:
+        if any(row["step"] == step for row in self.tried):  # before the run was interrupted
+            return
+        if self.add(step, validate(method.deployable(model))) and self.points > 1:
+            self.best = method.export(model)
+
+    def decide(self, position: Position, method: Method, model: nn.Module, validate: Validate) -> None:
+        """At the end of an update: go back to the best step, and tell the method the best share of the old."""
+        if not self:
+            return
+        self.try_now(position.step, method, model, validate)
+        if self.chosen["step"] != position.step:
+            method.load(model, self.best)
+        method.chosen = self.chosen["keep"]
+        self.best = None
+
+    @property
+    def record(self) -> dict:
+        """As a line of metrics.jsonl has it."""
+        return {"choice": {"chosen": self.chosen, "tried": self.tried}} if self.tried else {}
 
     def tries(self, recipe: Recipe) -> int:
         """How often the validation pictures are scored in an update."""
@@ -56,9 +86,6 @@ class Choice:
             recipe.budget.auto and bool(after)
         )
         return f"chosen on {plural(self.pictures, 'validation picture')}: {'; '.join(what)}"
-
-    def was_tried(self, step: int) -> bool:
-        return any(row["step"] == step for row in self.tried)
 
     def add(self, step: int, scores: dict[float | None, Scores]) -> bool:
         """By the share of the old model. -> whether this step is now the best."""

@@ -9,35 +9,32 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fomo.budget.fitting import memory_told, shortage
+from fomo.budget.fitting import check_memory, memory_told
 from fomo.budget.run_budget import TIMED_STEPS, RunBudget
 from fomo.choice import Choice
 from fomo.clip import Clip, load
 from fomo.datasets import datafile
-from fomo.datasets.eval_sets import described
+from fomo.datasets.eval_sets import described, to_choose_on
 from fomo.datasets.mixture import Batches
 from fomo.datasets.pools import Pools, open_pools
-from fomo.datasets.remarks import Reader, glance, of_batches
+from fomo.datasets.remarks import Reader, glance
 from fomo.datasets.samples import Batch
 from fomo.datasets.stream import composition
 from fomo.datasets.understood import opened_and_said
 from fomo.devices import Precision, machine, peak_memory, pick_device
 from fomo.distributed import ALONE, Ranks
-from fomo.errors import Interrupted, UserError
+from fomo.errors import Interrupted
 from fomo.eval.scorer import Scorer
-from fomo.eval.transfer import mtil, row_of_sets, tic
-from fomo.eval.zero_shot import announced
 from fomo.methods import build_method
 from fomo.methods.base import Inputs, Weights
 from fomo.param_groups import param_groups
 from fomo.pretrain import starting_model
 from fomo.progress import Progress
 from fomo.recipe import Recipe, Temperature
+from fomo.runs.announce import announcement
 from fomo.runs.folder import Run, way_on
-from fomo.runs.logs import evaluations
 from fomo.runs.step_log import StepLog, Timed
 from fomo.schedules import learning_rate
-from fomo.text import plural
 from fomo.train import Step, on_device, train
 
 CHECKPOINT_SECONDS = 300  # between checkpoints within an update
@@ -60,7 +57,7 @@ def run_recipe(
     try:
         if run.position.finished:
             return
-        ranks.broadcast_object(lambda: check_memory(recipe, place, ranks))
+        ranks.broadcast_object(lambda: check_memory(recipe, place, ranks.world_size))
         run.skip_bad = skip_bad or (resume and run.skipped_bad())
         data, opened = datafile.read(recipe.data, run.skip_bad, recipe.chooses), []
         begins = ranks.broadcast_object(lambda: not run.scored)
@@ -77,21 +74,15 @@ def run_recipe(
                 Progress.write(f"warning: {line}", file=sys.stderr)
         trainer = Trainer(recipe, clip, run, place, workers)
         run.begin(recipe, datafile.content(data), trainer.pools.record(), trainer.constants(), checkpoint)
-        trainer.announce(begins)
+        if ranks.first:
+            for line in announcement(recipe, trainer.pools, run.position, trainer.choice, begins):
+                Progress.write(line, file=sys.stderr)
         if checkpoint:
             trainer.restore(checkpoint)
         with memory_told(lambda: f"{run.folder}: update {run.position.update + 1}, step {run.position.step}"):
             trainer.run_updates()
     finally:
         run.close()
-
-
-def check_memory(recipe: Recipe, place: torch.device, ranks: Ranks) -> None:
-    """A UserError if a step surely does not fit, a warning if it hardly does."""
-    if lacking := shortage(recipe, place, ranks.world_size):
-        if lacking.sure:
-            raise UserError(lacking.line)
-        Progress.write(f"warning: {lacking.line}", file=sys.stderr)
 
 
 class Trainer:
@@ -112,7 +103,7 @@ class Trainer:
         self.max_scale = self.bound_of_scale()
         sigmoid = getattr(self.model, "logit_bias", None) is not None
         self.equal_captions = recipe.loss.equal_captions or ("positives" if sigmoid else "negatives")
-        self.choice = Choice.of(recipe, self.pools.to_choose_on)
+        self.choice = Choice.of(recipe, to_choose_on(self.pools.validation))
         self.scorer = Scorer(clip, self.pools, device, recipe.seed, run.check, self.ranks)
         self.bar = Progress(disable=True)
 
@@ -180,7 +171,10 @@ class Trainer:
         if self.trunk:
             self.method.load(self.model, self.trunk)
         self.method.before_update(self.model)
-        self.optimizer, self.choice = self.fresh_optimizer(), Choice.of(self.recipe, self.pools.to_choose_on)
+        self.optimizer, self.choice = (
+            self.fresh_optimizer(),
+            Choice.of(self.recipe, to_choose_on(self.pools.validation)),
+        )
 
     def fresh_optimizer(self) -> torch.optim.Optimizer:
         settings = self.recipe.optimizer
@@ -211,7 +205,7 @@ class Trainer:
     def end_update(self, batches: Batches) -> None:
         """The method's part is done on the first rank; the others go on from its state as if they resumed."""
         recipe, position = self.recipe, self.run.position
-        self.choose()
+        self.choice.decide(position, self.method, self.model, self.scorer.validate)
         if recipe.schedule.meta == "infinite" and position.step < recipe.schedule.trunk_steps(position.steps):
             self.trunk = self.method.export(self.model)  # its time was up before the branch
         self.optimizer = None
@@ -227,26 +221,8 @@ class Trainer:
                 self.model.load_state_dict(model)
                 self.method.load_state(method)
 
-    def try_out(self, last: bool = False) -> None:
-        """Where something is chosen: score on the validation pictures what could be deployed from here."""
-        choice, position = self.choice, self.run.position
-        if choice is None or not (choice.is_due(position.step, position.steps) or last):
-            return
-        scores = self.scorer.validate(self.method.deployable(self.model))
-        if choice.add(position.step, scores) and self.recipe.budget.auto:
-            choice.best = self.method.export(self.model)
-
-    def choose(self) -> None:
-        """Go back to the best step, and tell the method the best share of the old model."""
-        choice, position = self.choice, self.run.position
-        if choice is None:
-            return
-        if not choice.was_tried(position.step):
-            self.try_out(last=True)
-        if choice.chosen["step"] != position.step:
-            self.method.load(self.model, choice.best)
-        self.method.choose(choice.chosen["keep"])
-        choice.best = None
+    def try_out(self) -> None:
+        self.choice.try_out(self.run.position, self.method, self.model, self.scorer.validate)
 
     def inputs(self, batches: Batches) -> Iterator[Inputs]:
         """An update's batches once more, whole."""
@@ -312,7 +288,7 @@ class Trainer:
             trunk=self.trunk,
             tuned=self.tuned,
             original=self.scorer.original,
-            choice=self.choice and vars(self.choice),
+            choice=vars(self.choice),
             max_scale=self.max_scale,
             machine=machine(self.ranks),
         )
@@ -327,8 +303,7 @@ class Trainer:
         self.trunk, self.tuned = checkpoint["trunk"], checkpoint["tuned"]
         self.scorer.original = checkpoint["original"]
         self.max_scale = checkpoint.get("max_scale", self.max_scale)
-        if self.choice and checkpoint.get("choice"):
-            self.choice = Choice(**checkpoint["choice"])
+        self.choice = Choice(**checkpoint.get("choice", {}))
         if checkpoint["optimizer"] is not None:
             self.optimizer = self.fresh_optimizer()
             self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -342,28 +317,6 @@ class Trainer:
             "stream": composition(self.pools.stream),
             "allowed": self.budget.allowed(),
         }
-
-    def announce(self, begins: bool) -> None:
-        """Say what KA and ZS are in this run, and at its beginning what it will take."""
-        if not self.ranks.first:
-            return
-        if begins:
-            self.announce_steps()
-        pictures = {name: len(numbers) for name, numbers in self.pools.subsets.items()}
-        for line in announced(self.pools.tests, pictures):
-            Progress.write(line, file=sys.stderr)
-
-    def announce_steps(self) -> None:
-        position, size = self.run.position, self.recipe.optimizer.batch_size
-        if position.steps:  # else they are not timed yet
-            plan = (
-                f"{plural(position.updates - position.update, 'update')} of {plural(position.steps, 'step')}"
-            )
-            Progress.write(f"{plan}, each of {size} pairs", file=sys.stderr)
-        if self.choice:
-            Progress.write(self.choice.plan(self.recipe, position.steps), file=sys.stderr)
-        for line in of_batches(size, self.pools.drawn(self.recipe)):
-            Progress.write(f"warning: {line}", file=sys.stderr)
 
     def evaluate(self) -> None:
         """Score the deployed weights, keep them, and make the run resumable from here."""
@@ -404,13 +357,8 @@ class Trainer:
         line = {"update": run.position.update, **scores.as_metrics(), "drift": self.scorer.drift()}
         by_class = {"update": run.position.update, "datasets": scores.by_class()}
         if self.ranks.first:  # the others have no log
-            line["transfer"] = self.scorer.transfer(by_class, lambda: run.lines("concepts.jsonl"))
-            if tasks := mtil(self.scorer.rows):
-                line["mtil"] = tasks
-            if last and (periods := self.tic(line)):
-                line["tic"] = periods
-        if self.choice and self.choice.tried:
-            line["choice"] = {"chosen": self.choice.chosen, "tried": self.choice.tried}
+            line |= self.scorer.of_stream(line, by_class, run.lines, last and bool(self.recipe.stream.every))
+        line |= self.choice.record
         predictions = self.scorer.predictions(scores) if first or last else {}
         if whole:
             line["full"] = whole.as_metrics()
@@ -420,13 +368,6 @@ class Trainer:
             line["keeps"] = self.scorer.keep_curve(run.weights_before(), self.tuned, wanted.keeps)
             self.tuned = {}
         return line, by_class, predictions
-
-    def tic(self, last: dict) -> dict | None:
-        """Of a stream of periods. last: the line of metrics.jsonl that is not written yet."""
-        if not self.recipe.stream.every:
-            return None
-        stream = composition(self.pools.stream)
-        return tic([row_of_sets(line, stream) for line in [*evaluations(self.run.folder), last]])
 
 
 def set_temperature(model: nn.Module, temperature: Temperature) -> None:

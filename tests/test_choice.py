@@ -70,9 +70,9 @@ def test_an_update_ends_early_only_where_that_is_better_than_the_noise(pictures,
 @pytest.mark.parametrize("steps", [1, 3, 5, 7, 100, 113])
 def test_the_points_are_evenly_spaced_and_the_end_is_one(steps):
     choice = Choice(POINTS, 10)
-    due = [step for step in range(steps + 1) if choice.is_due(step, steps)]
+    due = choice.due(steps)
     assert due == sorted({ceil(k * steps / POINTS) for k in range(1, POINTS + 1)}) and due[-1] == steps
-    assert [step for step in range(steps + 1) if Choice(1, 10).is_due(step, steps)] == [steps]
+    assert Choice(1, 10).due(steps) == [steps] and Choice().due(steps) == []
 
 
 def test_what_is_deployed_is_what_scored_best(small_scale, chosen):

@@ -11,9 +11,9 @@ from fomo.budget.mafs import Work, architecture, planned_steps, work_of
 from fomo.choice import Choice
 from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile
+from fomo.datasets.eval_sets import RETENTION
 from fomo.datasets.mixture import sub_batches
 from fomo.datasets.periods import read_for
-from fomo.datasets.pools import RETENTION
 from fomo.datasets.remarks import glance, of_batches, reader_of
 from fomo.datasets.stream import concepts_of
 from fomo.datasets.understood import opened_and_said

@@ -4,6 +4,7 @@ What it takes is counted (flops_memory.py); measured on CPUs it is 5 to 15 % mor
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from fomo.budget.mafs import counted_once, training_of, work_of
 from fomo.devices import Precision, available_memory
 from fomo.errors import Failure, UserError, one_line
+from fomo.progress import Progress
 from fomo.recipe import Recipe
 
 SHORTEST = 8  # tokens of the shortest captions, with the start and the end
@@ -66,6 +68,14 @@ def shortage(recipe: Recipe, device: torch.device, world_size: int = 1) -> Short
     takes += f", {gib(least)} of the shortest captions" if least < needed and not saves else ""
     line = f"optimizer.batch_size: {takes}, this {device.type} has {gib(there)}"
     return Shortage(least > there, f"{line}; {remedy(recipe, device, pairs, needed, there)}")
+
+
+def check_memory(recipe: Recipe, device: torch.device, world_size: int = 1) -> None:
+    """A UserError if a step surely does not fit, a warning if it hardly does."""
+    if lacking := shortage(recipe, device, world_size):
+        if lacking.sure:
+            raise UserError(lacking.line)
+        Progress.write(f"warning: {lacking.line}", file=sys.stderr)
 
 
 def remedy(recipe: Recipe, device: torch.device, pairs: int, needed: int, there: int) -> str:

@@ -3,16 +3,20 @@
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
 from fomo.clip import Clip
+from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile
 from fomo.datasets.samples import Samples, by_label
 from fomo.datasets.sources.base import Source
 from fomo.errors import UserError
 
 NAMED = 10_000  # pictures of a set up to which it is told of each what it is taken for
+
+RETENTION = Path(__file__).resolve().parents[2] / "recipes/data/retention.yaml"
 
 
 @dataclass
@@ -70,6 +74,23 @@ def described(tests: list[TestSet], subsets: dict[str, np.ndarray]) -> dict[str,
             tested[test.name] = np.bincount(labels, minlength=len(test.classes)).tolist()
     found = {key: {test.name: getattr(test, field) for test in tests} for key, field in fields.items()}
     return {**found, "tested": tested}
+
+
+def open_validation(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
+    """What is chosen on. Sets that must be kept are needed: without any, rendered pictures stand for them."""
+    found = open_tests(data, clip, size, "validation")
+    if not any(test.role == "adaptation" for test in found):
+        raise UserError(
+            f"{data.path}: adaptation: too few pictures to choose on: say method.keep and a budget"
+        )
+    if not any(test.role == "evaluation" for test in found):
+        found += open_tests(datafile.read(RETENTION), clip, size)
+    return found
+
+
+def to_choose_on(tests: list[TestSet]) -> int:
+    """Validation pictures of what is to be learned."""
+    return sum(len(test.usable) for test in tests if test.role == "adaptation")
 
 
 def content_hash(source: Source, task: str, numbers: np.ndarray) -> str:

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from fomo.clip import Clip
-from fomo.datasets import datafile
 from fomo.datasets.datafile import DataFile
-from fomo.datasets.eval_sets import TestSet, open_tests, subset
+from fomo.datasets.eval_sets import TestSet, open_tests, open_validation, subset
 from fomo.datasets.mixture import Batches, Pool, pool_of, reservoir, sub_batches
 from fomo.datasets.orders import Context, make_stream
 from fomo.datasets.periods import read_for
@@ -18,8 +17,6 @@ from fomo.datasets.samples import Collection, Samples, by_label
 from fomo.datasets.stream import Concept
 from fomo.errors import UserError
 from fomo.recipe import Recipe
-
-RETENTION = Path(__file__).resolve().parents[2] / "recipes/data/retention.yaml"
 
 
 @dataclass
@@ -50,11 +47,6 @@ class Pools:
         """Of each update the pools, the pairs that a batch has of each, and the pictures there are."""
         every = (self.batches(recipe, update, 1).draws for update in range(len(self.stream)))
         return [(name, count, len(pool)) for draws in every for name, pool, count in draws]
-
-    @property
-    def to_choose_on(self) -> int:
-        """Validation pictures of what is to be learned."""
-        return sum(len(test.usable) for test in self.validation if test.role == "adaptation")
 
     def numbers(self, updates: list[list[Concept]]) -> np.ndarray:
         """The samples of all concepts of some updates."""
@@ -97,18 +89,6 @@ def open_pools(recipe: Recipe, clip: Clip, record: dict | None = None, skip_bad:
     validation = open_validation(data, clip, size) if recipe.chooses else []
     adaptation = Collection(list(parts.values()))
     return Pools(stream, adaptation, list(parts), numbers_of, Collection(pool), tests, subsets, validation)
-
-
-def open_validation(data: DataFile, clip: Clip, size: int) -> list[TestSet]:
-    """What is chosen on. Sets that must be kept are needed: without any, rendered pictures stand for them."""
-    found = open_tests(data, clip, size, "validation")
-    if not any(test.role == "adaptation" for test in found):
-        raise UserError(
-            f"{data.path}: adaptation: too few pictures to choose on: say method.keep and a budget"
-        )
-    if not any(test.role == "evaluation" for test in found):
-        found += open_tests(datafile.read(RETENTION), clip, size)
-    return found
 
 
 def open_adaptation(

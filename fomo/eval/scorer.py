@@ -12,9 +12,10 @@ from fomo.clip import Clip
 from fomo.datasets.features import image_features
 from fomo.datasets.pools import Pools
 from fomo.datasets.samples import Samples
+from fomo.datasets.stream import composition
 from fomo.distributed import ALONE, Ranks
 from fomo.eval.ridge_baseline import trajectory
-from fomo.eval.transfer import Row, row_of, transfer
+from fomo.eval.transfer import Row, mtil, row_of, row_of_sets, tic, transfer
 from fomo.eval.zero_shot import Scores, drift, drift_features, drift_sample, evaluate
 from fomo.progress import Progress
 from fomo.weights import Interpolate, Weights, merge
@@ -65,13 +66,23 @@ class Scorer:
             self.original = features
         return drift(self.original, features)
 
-    def transfer(self, newest: dict, earlier: Callable[[], list[dict]]) -> dict[str, float | None]:
-        """After the line `newest` of concepts.jsonl; `earlier` reads the lines before, once."""
+    def of_stream(
+        self, line: dict, by_class: dict, lines: Callable[[str], list[dict]], periods: bool
+    ) -> dict[str, dict]:
+        """What updates did to each other; and at the end MTIL's numbers, and TiC-CLIP's of a stream of periods.
+
+        line, by_class: the newest of metrics.jsonl and concepts.jsonl; `lines` reads those before from a log.
+        """
         stream = [[(concept.dataset, concept.label) for concept in update] for update in self.pools.stream]
         if not self.rows:
-            self.rows = [row_of(line, stream) for line in earlier()]
-        self.rows.append(row_of(newest, stream))
-        return transfer(self.rows)
+            self.rows = [row_of(earlier, stream) for earlier in lines("concepts.jsonl")]
+        self.rows.append(row_of(by_class, stream))
+        found = {"transfer": transfer(self.rows), "mtil": mtil(self.rows)}
+        if periods:
+            earlier = [scored for scored in lines("metrics.jsonl") if "step" not in scored]
+            sets = composition(self.pools.stream)
+            found["tic"] = tic([row_of_sets(scored, sets) for scored in [*earlier, line]])
+        return {name: numbers for name, numbers in found.items() if numbers}
 
     def predictions(self, scores: Scores) -> dict[str, dict[str, list]]:
         """By dataset what each picture is called, its class and that which it is taken for, by number."""

@@ -6,7 +6,7 @@ leaves in it the weights to deploy. The loop in update.py owns forward, backward
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +37,8 @@ class Method:
 
     A method's dataclass fields are what a recipe may say of it, checked by their types (schema.py).
     """
+
+    chosen: float | None = field(default=None, init=False)  # of what is `deployable`, for `after_update`
 
     def keep_in(self, folder: Path) -> None:
         """Before `prepare`: the run folder, for a method whose state is too large for memory."""
@@ -78,9 +80,6 @@ class Method:
     def deployable(self, model: nn.Module) -> Iterator[tuple[float | None, Weights]]:
         """What could be deployed if the update ended here, by the share of the old model (None: has none)."""
         yield None, self.export(model)
-
-    def choose(self, keep: float | None) -> None:
-        """Of what is `deployable`, which to deploy; before `after_update`."""
 
     def after_update(
         self, model: nn.Module, batches: Iterable[Inputs], autocast: Autocast = nullcontext

@@ -53,7 +53,6 @@ class Merge(Method):
     rule: weights.Rule = field(default_factory=weights.Interpolate)
     models: dict[str, Weights] = field(default_factory=dict, init=False)  # "zeroshot", "ema", ..., "running"
     experts: int = field(default=0, init=False)  # e_1 .. e_n
-    chosen: float | None = field(default=None, init=False)  # `keep` of this update, where the rule's is auto
     folder: Path | None = field(default=None, init=False)
 
     def __post_init__(self):
@@ -133,9 +132,6 @@ class Merge(Method):
         newest = self.tune.export(model)
         for keep in KEEPS if getattr(self.rule, "keep", None) == "auto" else [None]:
             yield keep, self.merge_with_old(newest, keep)
-
-    def choose(self, keep: float | None) -> None:
-        self.chosen = keep
 
     def merge_with_old(self, newest: Weights, keep: float | None = None) -> Weights:
         """u_t, with the rule's `keep` or another. DARE draws other masks at every update."""
