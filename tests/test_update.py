@@ -1,8 +1,6 @@
 """The loop and the command line, as a user meets them; what a budget buys."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -194,18 +192,6 @@ def test_real_pictures_and_a_model_that_open_clip_saved(real_data, tmp_path):
     assert "no pretraining pool" in done.stderr
     model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/run/model")
     assert torch.equal(model.visual.proj, weights_of(tmp_path / "run", 1)["visual.proj"])
-
-
-@pytest.mark.slow
-def test_the_tiny_scale_learns_what_it_is_taught(tmp_path):
-    """Three updates of the model that comes along, in the real world."""
-    command = [sys.executable, "fomo.py", "update", "--recipe", "recipes/merge.yaml", "--out", tmp_path]
-    settings = ["--set", "stream.updates=3", "--set", "budget.steps=30"]
-    done = subprocess.run([*command, *settings], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, *_, last = lines(tmp_path / "metrics.jsonl")
-    assert last["ka"] - first["ka"] > 7 and last["zs"] - first["zs"] > -4
-    assert last["peak_memory"] < 2 << 30
 
 
 def test_an_infinite_schedule_deploys_a_branch_and_goes_on_from_the_trunk(small_scale, tmp_path, monkeypatch):

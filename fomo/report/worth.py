@@ -64,6 +64,8 @@ def in_choice(choice: dict) -> str:
     chosen, tried = choice["chosen"], choice["tried"]
     untouched = [row for row in tried if row["keep"] == 1]
     share = "" if chosen["keep"] is None else f"keep {chosen['keep']:g} "
+    if chosen["keep"] == 1:
+        return "chosen: keep 1, the old model as it was, since nothing that was tried is better on validation"
     kept = f"{chosen['zs']:.1f} of {untouched[0]['zs']:.1f} kept" if untouched else f"ZS {chosen['zs']:.1f}"
     return f"chosen: {share}after step {chosen['step']}, KA {chosen['ka']:.1f} and {kept} on validation"
 

@@ -102,6 +102,8 @@ def test_a_share_that_was_chosen_is_not_held_against_those_that_learn_more_and_l
         f"Was it worth it? KA 33.0, doing nothing 20.0 ({chosen}); nothing else that was scored is clearly better."
     )
     assert command == ""
+    nothing = {"chosen": TRIED[1], "tried": TRIED}
+    assert "(chosen: keep 1, the old model as it was," in verdict(group(20.0, CURVE, choice=nothing))[0]
     assert "better: ridge" in verdict(group(33.0, CURVE, ridge=50.0, choice=choice))[0]
     assert "better: doing nothing" in verdict(group(33.0, {0.0: 44.0, 1.0: 60.0}, choice=choice))[0]
     assert "better: plain finetuning" in verdict(group(33.0, CURVE, zs=50.0, choice=choice))[0]
