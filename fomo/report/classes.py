@@ -130,10 +130,13 @@ def thumbnails(data_file: Path, wanted: list[Taken]) -> dict[Taken, str]:
 
 def of_set(data_file: Path, name: str, wanted: list[Taken]) -> Iterator[tuple[Taken, str]]:
     from fomo.datasets import datafile  # torch takes seconds to import, and few reports need it
+    from fomo.datasets.periods import as_recorded
     from fomo.datasets.sources.base import UNREADABLE
 
     try:
-        source = datafile.read(data_file).adaptation[name].open("test")
+        data = datafile.read(data_file)
+        sets = data.adaptation if name in data.adaptation else as_recorded(data, [name]).adaptation
+        source = sets[name].open("test")
         numbers = {source.id_of(number): number for number in range(len(source))}
     except (UserError, OSError, KeyError, AttributeError):  # the set is gone, or its test split
         return

@@ -12,7 +12,7 @@ from run_folders import groups_of, make_run
 from small_runs import picture
 
 from fomo.errors import UserError
-from fomo.report.classes import SHOWN, classes_table, confusions_table, taken
+from fomo.report.classes import SHOWN, Taken, classes_table, confusions_table, taken, thumbnails
 from fomo.report.columns import as_rows, folded
 from fomo.report.page import report_run, write_report
 from fomo.text import plural
@@ -169,3 +169,16 @@ def test_the_last_lines_say_what_the_number_is_and_where_the_model_is(run):
         first,
     )
     assert others == [f"model: {run / 'model'}", f"report: {run / 'report.html'}"]
+
+
+def test_pictures_of_a_period_are_found_in_its_set(tmp_path):
+    for name in "ab":
+        picture(tmp_path / f"{name}.png", ord(name))
+    (tmp_path / "shop.csv").write_text("filepath,label,date\na.png,ant,2023\nb.png,bee,2024\n")
+    shop = "{source: csv, train: shop.csv, test: shop.csv, caption: null, concept: label, date: date}"
+    (tmp_path / "data.yaml").write_text(f"adaptation: {{shop: {shop}}}")
+    wanted = [
+        Taken(f"shop/{year}", f"{name}.png", "ant", "bee", "ant") for year, name in ((2023, "a"), (2024, "b"))
+    ]
+    assert set(thumbnails(tmp_path / "data.yaml", wanted)) == set(wanted)
+    assert not thumbnails(tmp_path / "data.yaml", [Taken("shop/2022", "a.png", "ant", "bee", "ant")])
