@@ -25,8 +25,9 @@ test: $(VENV)/installed-dev ## the whole test suite
 bench: $(VENV)/installed ## training speed beside open_clip's own loop: minutes
 	$(PY) benchmarks/speed.py
 
-soak: $(VENV)/installed-dev ## kill 85 runs at all kinds of instants and compare every bit: 15 minutes
+soak: $(VENV)/installed-dev ## kill 85 runs at all kinds of instants and compare every bit; the world's properties: 18 minutes
 	$(PY) tests/soak.py
+	$(PY) -m pytest tests/properties.py
 
 lint: $(VENV)/installed-dev ## ruff: mistakes and formatting
 	$(VENV)/bin/ruff check .

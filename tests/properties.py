@@ -1,10 +1,12 @@
-"""The rendered world and its base model are what the guide needs: something to learn, and something to lose."""
+"""The rendered world and its base model are what the guide needs: something to learn, and something to lose.
+
+Three whole lives, two and a half minutes on 2 CPU cores: part of `make soak`, not of `make test`.
+"""
 
 import csv
 import subprocess
 import sys
 
-import pytest
 import yaml
 from small_runs import ROOT, lines
 
@@ -12,7 +14,6 @@ from fomo.guide.studies import read_study
 from fomo.load_recipe import ROOT as RECIPES
 
 
-@pytest.mark.slow
 def test_the_world_has_the_properties_that_were_asked_of_it(tmp_path):
     """Whole lives on seed 100, which no study has (recipes/studies/README.md). The control was asked for 1.5."""
     summary = read_study(RECIPES / "studies/summary.yaml")
