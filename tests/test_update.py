@@ -179,7 +179,7 @@ def test_real_pictures_and_a_model_that_open_clip_saved(real_data, tmp_path):
 
     torch.manual_seed(0)
     torch.save(open_clip.create_model("ViT-S-32-alt").state_dict(), tmp_path / "vit.pt")
-    small = ["stream.updates=1", "budget.steps=2", "optimizer.batch_size=8", "evaluation.subset=0.01"]
+    small = ["stream.updates=1", "budget.steps=2", "optimizer.batch_size=8", "evaluation.frozen=false"]
     data = tmp_path / "some.yaml"
     data.write_text(
         "adaptation:\n  bccd: {source: webdataset, train: '${FOMO_TEST_DATA}/bccd/train.tar', "
