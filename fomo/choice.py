@@ -25,7 +25,7 @@ from fomo.weights import Weights
 
 # Scorer.validate: weights, by the share of the old model in them -> their scores on the validation pictures
 Validate = Callable[[Iterable[tuple[float | None, Weights]]], dict[float | None, Scores]]
-POINTS = 4
+POINTS = 4  # each costs a pass over the validation pictures for every share that is tried
 
 
 @dataclass
@@ -76,15 +76,15 @@ class Choice:
 
     def tries(self, recipe: Recipe) -> int:
         """How often the validation pictures are scored in an update."""
-        return self.points * (len(KEEPS) if recipe.method.get("keep") == "auto" else 1)
+        return self.points * (len(KEEPS) if recipe.chooses_keep else 1)
 
     def plan(self, recipe: Recipe, steps: int) -> str:
         """What is chosen, how."""
-        share = f"the share of the old model, of {', '.join(f'{keep:g}' for keep in KEEPS)}"
-        after = f"the end of an update, after {', '.join(map(str, self.due(steps)))} steps" if steps else ""
-        what = [share] * (recipe.method.get("keep") == "auto") + [after] * (
-            recipe.budget.auto and bool(after)
-        )
+        what = []
+        if recipe.chooses_keep:
+            what.append(f"the share of the old model, of {', '.join(f'{keep:g}' for keep in KEEPS)}")
+        if recipe.budget.auto and steps:  # else they are not timed yet
+            what.append(f"the end of an update, after {', '.join(map(str, self.due(steps)))} steps")
         return f"chosen on {plural(self.pictures, 'validation picture')}: {'; '.join(what)}"
 
     def add(self, step: int, scores: dict[float | None, Scores]) -> bool:

@@ -205,7 +205,11 @@ class Recipe:
     @property
     def chooses(self) -> bool:
         """Whether something is chosen on validation pictures."""
-        return self.budget.auto or self.method.get("keep") == "auto"
+        return self.budget.auto or self.chooses_keep
+
+    @property
+    def chooses_keep(self) -> bool:
+        return self.method.get("keep") == "auto"
 
     @property
     def evaluated_every(self) -> int:

@@ -103,7 +103,7 @@ class Trainer:
         self.max_scale = self.bound_of_scale()
         sigmoid = getattr(self.model, "logit_bias", None) is not None
         self.equal_captions = recipe.loss.equal_captions or ("positives" if sigmoid else "negatives")
-        self.choice = Choice.of(recipe, to_choose_on(self.pools.validation))
+        self.choice = self.fresh_choice()
         self.scorer = Scorer(clip, self.pools, device, recipe.seed, run.check, self.ranks)
         self.bar = Progress(disable=True)
 
@@ -171,10 +171,10 @@ class Trainer:
         if self.trunk:
             self.method.load(self.model, self.trunk)
         self.method.before_update(self.model)
-        self.optimizer, self.choice = (
-            self.fresh_optimizer(),
-            Choice.of(self.recipe, to_choose_on(self.pools.validation)),
-        )
+        self.optimizer, self.choice = self.fresh_optimizer(), self.fresh_choice()
+
+    def fresh_choice(self) -> Choice:
+        return Choice.of(self.recipe, to_choose_on(self.pools.validation))
 
     def fresh_optimizer(self) -> torch.optim.Optimizer:
         settings = self.recipe.optimizer

@@ -47,7 +47,7 @@ def dry_run(recipe: Recipe, device: str) -> str:
     lines = [
         f"learns {learnt} in {plural(updates, 'update')}; {pool}",
         f"scored on {plural(len(tests), 'test set')} with {plural(scored, 'picture')}",
-        *training_lines(recipe, work, updates, scored, rate, *to_choose_on(data)),
+        *training_lines(recipe, work, updates, scored, rate, *validation_pictures(recipe, data)),
         f"memory: {needed / 2**30:.1f} GiB on the {place.type} for a step, of what torch allocates{saved}; "
         f"{available_memory(place) / 2**30:.1f} GiB are there",
         f"disk: about {disk(recipe) / 2**30:.2g} GiB of weights and checkpoints in the run folder",
@@ -64,8 +64,10 @@ def dry_run(recipe: Recipe, device: str) -> str:
     return "\n".join(lines)
 
 
-def to_choose_on(data: DataFile) -> tuple[int, int]:
-    """Validation pictures of what is to be learned, and of what must be kept."""
+def validation_pictures(recipe: Recipe, data: DataFile) -> tuple[int, int]:
+    """Of what is to be learned, and of what must be kept."""
+    if not recipe.chooses:
+        return 0, 0
     of_roles = [
         sum(len(part) for entry in entries.values() if (part := entry.open("validation")) is not None)
         for entries in (data.adaptation, data.evaluation)

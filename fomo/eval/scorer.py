@@ -22,11 +22,10 @@ from fomo.weights import Interpolate, Weights, merge
 
 
 @contextmanager
-def weights_in(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """The model with other weights; in the end, and if an interruption saves it, it has its own again."""
+def restored(model: nn.Module) -> Iterator[None]:
+    """Other weights may be loaded; in the end, and if an interruption saves the model, it has its own again."""
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        model.load_state_dict(weights)
         yield
     finally:
         model.load_state_dict(own)
@@ -104,10 +103,11 @@ class Scorer:
         """Was it worth it? Scores of the interpolations between old weights (keep 1) and tuned ones (keep 0)."""
         old = {name: old[name].to(self.device) for name in old}
         rows = []
-        for keep in keeps:
-            with weights_in(self.clip.model, dict(merge(Interpolate(keep=keep), [old, tuned]))):
+        with restored(self.clip.model):
+            for keep in keeps:
+                self.clip.model.load_state_dict(dict(merge(Interpolate(keep=keep), [old, tuned])))
                 scores, _ = self.score()
-            rows.append({"keep": keep, **scores.means})
+                rows.append({"keep": keep, **scores.means})
         return rows
 
     def validate(self, options: Iterable[tuple[float | None, Weights]]) -> dict[float | None, Scores]:
@@ -120,11 +120,11 @@ class Scorer:
                 progress.update(n)
                 self.check()
 
-            for name, weights in options:
-                with weights_in(self.clip.model, weights):
-                    scores[name], _ = evaluate(
-                        self.clip, tests, numbers, self.device, tick=tick, ranks=self.ranks
-                    )
+            model, place = self.clip.model, self.device
+            with restored(model):
+                for keep, weights in options:
+                    model.load_state_dict(weights)
+                    scores[keep], _ = evaluate(self.clip, tests, numbers, place, tick=tick, ranks=self.ranks)
         return scores
 
     def ridge_baseline(self) -> list[float]:
