@@ -50,6 +50,7 @@ from speed import TABLE, pictures_of, pool_from, write_table  # noqa: E402
 from fomo.atomic import write_atomically  # noqa: E402
 from fomo.budget.dry_run import matrix_rate  # noqa: E402
 from fomo.clip import new  # noqa: E402
+from fomo.datasets.sources.world import ALL_DOMAINS  # noqa: E402
 from fomo.devices import Precision, pick_device  # noqa: E402
 from fomo.errors import Failure, Interrupted  # noqa: E402
 from fomo.load_recipe import load  # noqa: E402
@@ -152,7 +153,8 @@ def resume(report: Report, plan: Plan, found: dict) -> None:
     """A run that was stopped within its first update and went on, and one that was not; the latter twice, for
     some of CUDA's kernels add in any order."""
     settings = [*life.settings(2, "null"), "budget={steps: 6}"]
-    recipe = load(life.RECIPE, data=life.world(plan.folder / "world.yaml"), overrides=settings)
+    data = life.world(plan.folder / "world.yaml", ALL_DOMAINS[:2], known=ALL_DOMAINS[2].name)
+    recipe = load(life.RECIPE, data=data, overrides=settings)
 
     def weights(name: str) -> dict[str, torch.Tensor]:
         run_recipe(recipe, plan.folder / name, resume=name == "resumed", device=plan.device)

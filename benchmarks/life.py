@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import fomo.update  # noqa: E402
 from fomo import clip as fomo_clip  # noqa: E402
-from fomo.datasets.sources.world import ALL_DOMAINS  # noqa: E402
+from fomo.datasets.sources.world import ALL_DOMAINS, Domain  # noqa: E402
 from fomo.load_recipe import load  # noqa: E402
 from fomo.report.figures import legend_below, line_style, new_figure, write_figure  # noqa: E402
 from fomo.runs.logs import read_lines  # noqa: E402
@@ -93,11 +94,11 @@ def random_tiny(folder: Path) -> str:
     return str(folder)
 
 
-def world(path: Path) -> str:
-    """A data file that teaches all domains of the rendered world; -> where it is."""
-    sets = {d.name: {"source": "world", "domain": d.name, "train": 8, "test": 4} for d in ALL_DOMAINS}
-    pool = [{"source": "world", "domain": "base", "style": "mixed", "per_concept": 20}]
-    kept = {"noisy": {"source": "world", "domain": "base", "style": "noisy", "test": 4}}
+def world(path: Path, taught: Sequence[Domain] = ALL_DOMAINS, known: str = "base") -> str:
+    """A data file that teaches domains of the rendered world and replays another; -> where it is."""
+    sets = {d.name: {"source": "world", "domain": d.name, "train": 8, "test": 4} for d in taught}
+    pool = [{"source": "world", "domain": known, "style": "mixed", "per_concept": 20}]
+    kept = {"noisy": {"source": "world", "domain": known, "style": "noisy", "test": 4}}
     path.write_text(yaml.safe_dump({"pretraining": pool, "adaptation": sets, "evaluation": kept}))
     return str(path)
 

@@ -45,7 +45,6 @@ from fomo.datasets.sources.base import Source  # noqa: E402
 from fomo.datasets.sources.tables import Table  # noqa: E402
 from fomo.datasets.sources.world import World  # noqa: E402
 from fomo.devices import (  # noqa: E402
-    Precision,
     peak_memory,
     pick_device,
 )
@@ -277,7 +276,7 @@ class OurSide:
     def __init__(self, clip: Clip, device: torch.device, ranks: Ranks = ALONE):
         self.clip, self.device, self.ranks = clip, device, ranks
         self.optimizer = Method().optimizer(list(clip.model.to(device).parameters()), SETTINGS)
-        self.precision = Precision("auto", device)
+        self.precision = clip.precision_on(device)
 
     def loop(self, case: Case, pool: Pool, number: int = 0) -> Turn:
         """`train` over the batches of an update, of which one is left: at the last, worker processes are ended."""
@@ -333,7 +332,7 @@ def peer(case: Case, folder: Path, device: torch.device) -> Iterator[Turn]:
     model = clip.model.to(device)
     model.output_dict = True
     pairs = Pairs(pictures_of(folder), clip)
-    precision = Precision("auto", device)
+    precision = clip.precision_on(device)
     args = SimpleNamespace(
         device=device.type,
         precision={None: "fp32", torch.bfloat16: "amp_bf16", torch.float16: "amp"}[precision.dtype],

@@ -29,6 +29,7 @@ from fomo.architectures import (
     tokenizer_of,
 )
 from fomo.checkpoint_files import CONFIG_FILE, NOT_TENSORS, WEIGHTS_FILE, open_checkpoint, write_checkpoint
+from fomo.devices import Precision
 from fomo.errors import UserError, one_line
 
 LONGEST = 4096  # tokens of any text
@@ -50,6 +51,7 @@ class Clip:
     model: nn.Module
     config: dict  # content of open_clip_config.json: model_cfg, preprocess_cfg
     tokenizer: object
+    precision: str = "auto"  # that its features are computed in (devices.Precision)
 
     @property
     def image_size(self) -> int:
@@ -68,6 +70,9 @@ class Clip:
     @property
     def std(self) -> tuple[float, ...]:
         return tuple(self.preprocess.std)
+
+    def precision_on(self, device: torch.device) -> Precision:
+        return Precision(self.precision, device, self.config["model_cfg"]["embed_dim"])
 
     def tokenize(self, texts: list[str]) -> list:
         """Token ids of each text as an int32 array, cut after its end where the text tower allows it."""

@@ -73,25 +73,39 @@ def cgroup_limits(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sy
     return found
 
 
-def machine(ranks: Ranks) -> dict:
+def machine(ranks: Ranks, precision: str = "float32") -> dict:
     """What the last bits of a CPU run depend on."""
-    alone = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
-    return {**alone, "ranks": ranks.world_size} if ranks.several else alone
+    found = {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    if ranks.several:
+        found["ranks"] = ranks.world_size
+    if precision != "float32":
+        found["precision"] = precision
+    return found
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether it has instructions for products in bf16; without them they are slower than in float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Precision:
-    """Mixed precision: what the forward pass computes in. The weights are float32 always.
+    """Mixed precision: what forward passes compute in, of training and of scoring. The weights are float32 always.
 
-    auto: on CUDA bf16, or fp16 with loss scaling where bf16 is missing; float32 elsewhere. What mixed precision
-    leaves in float32 may use CUDA's TF32; with float32 nothing does.
+    auto: on CUDA bf16, or fp16 with loss scaling where bf16 is missing; on a CPU bf16 where that is faster, which
+    is with instructions for it and in models at least WIDE wide (`width`: of the embedding); float32 elsewhere.
+    What mixed precision leaves in float32 may use CUDA's TF32; with float32 nothing does.
     """
 
-    def __init__(self, name: str, device: torch.device):
+    WIDE = 256  # below, a step takes longer for the conversions (docs/performance.md)
+
+    def __init__(self, name: str, device: torch.device, width: int = 0):
         if name == "auto":
             name = "float32"
             if device.type == "cuda":
                 name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        self.device = device
+            elif device.type == "cpu" and width >= self.WIDE and cpu_multiplies_bf16():
+                name = "bf16"
+        self.name, self.device = name, device
         self.dtype = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
         if device.type == "cuda":

@@ -19,7 +19,7 @@ from fomo.datasets import datafile
 from fomo.datasets.mixture import Batches, pool_of
 from fomo.datasets.samples import Collection, Samples
 from fomo.datasets.sources import world
-from fomo.devices import Precision, machine, pick_device
+from fomo.devices import machine, pick_device
 from fomo.distributed import ALONE
 from fomo.errors import UserError
 from fomo.eval.zero_shot import evaluate_data
@@ -146,7 +146,7 @@ def train_base(model: Model, device: torch.device) -> tuple[Clip, dict]:
         batches.loader(),
         lambda step: learning_rate(schedule, settings.lr, 0, step, steps),
         device=device,
-        precision=Precision("auto", device),
+        precision=clip.precision_on(device),
         clip_norm=1.0,
         max_scale=100.0,
         draws=(settings.seed,),

@@ -176,7 +176,7 @@ class Recipe:
     data: str  # path of the data file
     scale: str = "tiny"
     seed: Natural = 0
-    # auto: bf16 (or fp16) autocast on CUDA, float32 elsewhere
+    # auto: bf16 (or fp16) autocast on CUDA, bf16 on a CPU where it is faster, float32 elsewhere
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"
     threads: Count | None = None  # of torch on the CPU; torch's default
     compile: bool = False  # torch.compile, for a few lengths of captions

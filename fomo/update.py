@@ -21,7 +21,7 @@ from fomo.datasets.remarks import Reader, glance
 from fomo.datasets.samples import Batch
 from fomo.datasets.stream import composition
 from fomo.datasets.understood import opened_and_said
-from fomo.devices import Precision, machine, peak_memory, pick_device
+from fomo.devices import machine, peak_memory, pick_device
 from fomo.distributed import ALONE, Ranks
 from fomo.errors import Interrupted
 from fomo.eval.scorer import Scorer
@@ -75,7 +75,8 @@ def run_recipe(
         trainer = Trainer(recipe, clip, run, place, workers)
         run.begin(recipe, datafile.content(data), trainer.pools.record(), trainer.constants(), checkpoint)
         if ranks.first:
-            for line in announcement(recipe, trainer.pools, run.position, trainer.choice, begins):
+            precision, choice = trainer.precision.name, trainer.choice
+            for line in announcement(recipe, trainer.pools, run.position, choice, precision, begins):
                 Progress.write(line, file=sys.stderr)
         if checkpoint:
             trainer.restore(checkpoint)
@@ -91,12 +92,13 @@ class Trainer:
     def __init__(self, recipe: Recipe, clip: Clip, run: Run, device: torch.device, workers: int = 0):
         self.recipe, self.clip, self.run, self.device, self.workers = recipe, clip, run, device, workers
         self.ranks, self.model = run.ranks, clip.model.to(device)
+        clip.precision = recipe.precision
+        self.precision = clip.precision_on(device)
         self.pools = pools_of_all_ranks(recipe, clip, run)
         run.position.updates = len(self.pools.stream)
         self.budget = RunBudget(recipe, run)
         self.method = build_method(recipe.method)
         self.parameters = self.prepare()
-        self.precision = Precision(recipe.precision, device)
         self.optimizer: torch.optim.Optimizer | None = None  # lives within one update
         self.trunk: Weights = {}  # of an infinite schedule: what the next update goes on from
         self.tuned: Weights = {}  # by the last update, before any merge, for `evaluation.keeps`
@@ -290,12 +292,13 @@ class Trainer:
             original=self.scorer.original,
             choice=vars(self.choice),
             max_scale=self.max_scale,
-            machine=machine(self.ranks),
+            machine=machine(self.ranks, self.precision.name),
         )
 
     def restore(self, checkpoint: dict) -> None:
-        if checkpoint["machine"] != machine(self.ranks):
-            changed = f"{checkpoint['machine']} then, {machine(self.ranks)} now"
+        now = machine(self.ranks, self.precision.name)
+        if checkpoint["machine"] != now:
+            changed = f"{checkpoint['machine']} then, {now} now"
             print(f"{self.run.folder}: results may differ in their last bits: {changed}", file=sys.stderr)
         self.model.load_state_dict(checkpoint["model"])
         self.method.load_state(checkpoint["method"])

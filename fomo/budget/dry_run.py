@@ -42,7 +42,8 @@ def dry_run(recipe: Recipe, device: str) -> str:
     updates, work = recipe.stream.updates, work_of(recipe)
     saved = " without checkpointing" if recipe.checkpointing else ""
     needed, lacking = step_memory(recipe, place, pairs_at_once(recipe)), shortage(recipe, place)
-    rate = matrix_rate(place, Precision(recipe.precision, place).dtype) / 1e9
+    precision = Precision(recipe.precision, place, architecture(recipe.model)["embed_dim"])
+    rate = matrix_rate(place, precision.dtype) / 1e9
     learnt = f"{plural(len(concepts), 'concept')} with {plural(sum(sizes), 'picture')}"
     lines = [
         f"learns {learnt} in {plural(updates, 'update')}; {pool}",

@@ -39,7 +39,7 @@ def step_memory(recipe: Recipe, device: torch.device, pairs: int, shortest: bool
     config, text = training.config, training.config["text_cfg"]
     if shortest and "hf_model_name" not in text and not text.get("no_causal_mask"):
         config = {**config, "text_cfg": {**text, "context_length": SHORTEST}}
-    half = Precision(recipe.precision, device).dtype is not None
+    half = Precision(recipe.precision, device, config["embed_dim"]).dtype is not None
     pretraining = training.pretraining * pairs // training.batch_size
     found = replace(training, config=config, half=half, batch_size=pairs, pretraining=pretraining)
     return counted_once(found).peak_memory

@@ -26,10 +26,12 @@ def image_features(
     ranks: Ranks = ALONE,
 ) -> Tensor:
     """(N, D) on the unit sphere."""
+    precision = clip.precision_on(device)
 
     def encode(part: list[int]) -> Tensor:
-        pictures = [samples.pixels[int(i)] for i in part]
-        return clip.model.encode_image(central_images(clip, pictures, device))
+        images = central_images(clip, [samples.pixels[int(i)] for i in part], device)
+        with precision.autocast():
+            return clip.model.encode_image(images)
 
     out = []
     for start in range(0, len(numbers), IMAGES * ranks.world_size):
@@ -70,9 +72,11 @@ def central_square(picture: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def text_features(clip: Clip, rows: list[np.ndarray], device: torch.device, ranks: Ranks = ALONE) -> Tensor:
     """(N, D) on the unit sphere, in large batches of similar length."""
+    precision = clip.precision_on(device)
 
     def encode(numbers: list[int]) -> Tensor:
-        return encode_text(clip.model, padded([rows[i] for i in numbers]).to(device))
+        with precision.autocast():
+            return encode_text(clip.model, padded([rows[i] for i in numbers]).to(device))
 
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     out = None

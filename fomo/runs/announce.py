@@ -1,4 +1,4 @@
-"""What is said before an update trains: how long it is, what is chosen, what KA and ZS are of."""
+"""What is said before an update trains: how long it is, in what precision, what is chosen, what KA and ZS mean."""
 
 from collections.abc import Iterator
 
@@ -12,20 +12,23 @@ from fomo.text import plural
 
 
 def announcement(
-    recipe: Recipe, pools: Pools, position: Position, choice: Choice, begins: bool
+    recipe: Recipe, pools: Pools, position: Position, choice: Choice, precision: str, begins: bool
 ) -> Iterator[str]:
     """The lines; the plan only where the run begins."""
     if begins:
-        yield from planned(recipe, pools, position, choice)
+        yield from planned(recipe, pools, position, choice, precision)
     pictures = {name: len(numbers) for name, numbers in pools.subsets.items()}
     yield from announced(pools.tests, pictures)
 
 
-def planned(recipe: Recipe, pools: Pools, position: Position, choice: Choice) -> Iterator[str]:
+def planned(
+    recipe: Recipe, pools: Pools, position: Position, choice: Choice, precision: str
+) -> Iterator[str]:
     size = recipe.optimizer.batch_size
     if position.steps:  # else they are not timed yet
         updates = plural(position.updates - position.update, "update")
-        yield f"{updates} of {plural(position.steps, 'step')}, each of {size} pairs"
+        how = "" if precision == "float32" else f", in {precision}"
+        yield f"{updates} of {plural(position.steps, 'step')}, each of {size} pairs{how}"
     if choice:
         yield choice.plan(recipe, position.steps)
     for line in of_batches(size, pools.drawn(recipe)):

@@ -121,7 +121,11 @@ def stub(model: nn.Module) -> Clip:
     def tokenizer(texts):
         return torch.tensor([[int(re.search(r"\d+", text).group())] for text in texts])
 
-    return Clip(model, {"preprocess_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}, tokenizer)
+    return Clip(
+        model,
+        {"preprocess_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}, "model_cfg": {"embed_dim": 3}},
+        tokenizer,
+    )
 
 
 def coloured(clip: Clip, labels: list[int], name: str = "colours", role: str = "adaptation") -> TestSet:

@@ -1,0 +1,109 @@
+"""Which precision `auto` is, and that it is that of training and of scoring alike."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from small_runs import CPU, assert_same, invoke, lines, recipe_of, run, run_until, terminate, weights_of
+
+import fomo.devices
+from fomo.datasets import datafile
+from fomo.datasets.features import central_images, image_features, text_features
+from fomo.datasets.samples import Samples
+from fomo.devices import Precision
+from fomo.errors import Interrupted
+from fomo.pretrain import starting_model
+
+MPS = torch.device("mps")
+OVERRIDES = ("method={name: merge}", "stream.updates=2", "optimizer.lr=1e-2", "evaluation.within=2")
+
+
+@pytest.fixture
+def wide_on_a_cpu_with_bf16(monkeypatch):
+    """The small model counts as wide."""
+    monkeypatch.setattr(fomo.devices, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(Precision, "WIDE", 1)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "width", "device", "name"),
+    [
+        (True, 512, CPU, "bf16"),
+        (True, 256, CPU, "bf16"),
+        (True, 64, CPU, "float32"),  # tiny
+        (False, 512, CPU, "float32"),
+        (True, 512, MPS, "float32"),
+    ],
+)
+def test_auto_is_bf16_on_a_cpu_where_that_is_faster(monkeypatch, instructions, width, device, name):
+    monkeypatch.setattr(fomo.devices, "cpu_multiplies_bf16", lambda: instructions)
+    assert Precision("auto", device, width).name == name
+    assert Precision("float32", device, width).name == "float32"
+
+
+def test_a_machine_says_whether_it_has_instructions_for_bf16():
+    assert fomo.devices.cpu_multiplies_bf16() in (False, True)
+
+
+def test_scores_are_of_features_in_the_precision_of_the_model(small_scale, wide_on_a_cpu_with_bf16):
+    recipe = recipe_of(small_scale)
+    clip = starting_model(recipe.model, CPU)
+    clip.model.eval()
+    source = datafile.read(recipe.data).pool()[0]
+    samples, numbers = Samples(source, clip, clip.image_size, "pool"), np.arange(8)
+    images = central_images(clip, [samples.pixels[i] for i in range(8)], CPU)
+    tokens = clip.tokenizer(["a red circle", "two small squares"])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = [clip.model.encode_image(images), clip.model.encode_text(tokens)]
+
+    def features():
+        pictures = image_features(clip, samples, numbers, CPU, lambda n: None)
+        return pictures, text_features(clip, list(tokens.numpy()), CPU)
+
+    half = features()
+    clip.precision = "float32"
+    for found, same, near in zip(half, wanted, features(), strict=True):
+        assert found.dtype == near.dtype == torch.float32
+        torch.testing.assert_close(found, F.normalize(same.float(), dim=-1), rtol=0, atol=1e-6)
+        assert not found.equal(near)
+        torch.testing.assert_close(found, near, rtol=0, atol=2e-2)
+
+
+def scores(metrics: list[dict]) -> list[tuple]:
+    return [(line["ka"], line["zs"], line["details"], line.get("drift")) for line in metrics]
+
+
+def test_a_run_in_bf16_that_was_stopped_ends_bit_identical(
+    small_scale, tmp_path, wide_on_a_cpu_with_bf16, capsys
+):
+    recipe = recipe_of(small_scale, *OVERRIDES)
+    whole = run(recipe, tmp_path / "whole")
+    assert ", in bf16" in capsys.readouterr().err
+    with pytest.raises(Interrupted):
+        run_until(recipe, tmp_path / "cut", 6, terminate)
+    assert scores(run(recipe, tmp_path / "cut", resume=True)) == scores(whole)
+    assert "last bits" not in capsys.readouterr().err
+    assert_same(weights_of(tmp_path / "whole", 2), weights_of(tmp_path / "cut", 2))
+    full = run(recipe_of(small_scale, *OVERRIDES, "precision=float32"), tmp_path / "full")
+    assert scores(full) != scores(whole) and "bf16" not in capsys.readouterr().err
+
+
+def test_eval_repeats_the_last_scores_of_a_run_in_bf16(small_scale, tmp_path, wide_on_a_cpu_with_bf16):
+    last = run(recipe_of(small_scale, *OVERRIDES), tmp_path)[-1]
+    done = invoke("eval", "--scale", small_scale, "--model", tmp_path / "model", "--json")
+    found = json.loads(done.stdout)
+    assert found["ka"] == pytest.approx(last["ka"]) and found["zs"] == pytest.approx(last["zs"])
+
+
+def test_going_on_without_the_instructions_is_said(small_scale, tmp_path, monkeypatch, capsys):
+    recipe = recipe_of(small_scale, *OVERRIDES)
+    with monkeypatch.context() as patch:
+        patch.setattr(fomo.devices, "cpu_multiplies_bf16", lambda: True)
+        patch.setattr(Precision, "WIDE", 1)
+        with pytest.raises(Interrupted):
+            run_until(recipe, tmp_path, 2, terminate)
+    run(recipe, tmp_path, resume=True)
+    assert "'precision': 'bf16'" in capsys.readouterr().err
+    assert len(lines(tmp_path / "metrics.jsonl")) > 2
