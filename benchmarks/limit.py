@@ -27,10 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from speed import WARM, OurSide, case_of, pictures_of, pool_from, write_pictures  # noqa: E402
+from speed import WARM, Case, OurSide, case_of, pictures_of, pool_from, write_pictures  # noqa: E402
 
 from fomo.budget.dry_run import matrix_rate  # noqa: E402
-from fomo.clip import contrastive_loss, encode, new  # noqa: E402
+from fomo.clip import contrastive_loss, encode  # noqa: E402
 from fomo.devices import Precision, pick_device  # noqa: E402
 from fomo.methods.base import Inputs  # noqa: E402
 
@@ -44,14 +44,14 @@ def flops(model: nn.Module, batches: list[Inputs]) -> float:
     return counter.get_total_flops() / len(batches)
 
 
-def few_tokens(side: OurSide, config: dict, resident: list[Inputs]) -> tuple[OurSide, list[Inputs]]:
+def few_tokens(case: Case, resident: list[Inputs]) -> tuple[OurSide, list[Inputs]]:
     """A model without the rows of the token embedding that no batch has, and the batches for it."""
-    rows = torch.unique(
-        torch.cat([inputs.tokens.flatten() for inputs in resident])
-    )  # the end stays the largest
-    text = {**config["text_cfg"], "vocab_size": len(rows)}
+    tokens = torch.cat([inputs.tokens.flatten() for inputs in resident])
+    rows = torch.unique(tokens)  # in order: the end of a text stays the largest
+    text = {**case.config["text_cfg"], "vocab_size": len(rows)}
+    clip = replace(case, config={**case.config, "text_cfg": text}).clip()
     fewer = [inputs._replace(tokens=torch.searchsorted(rows, inputs.tokens)) for inputs in resident]
-    return OurSide(new({**config, "text_cfg": text}, seed=0), side.device), fewer
+    return OurSide(clip, rows.device), fewer
 
 
 def main(
@@ -64,10 +64,10 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["FOMO_CACHE"] = f"{scratch}/cache"
         write_pictures(case, None, Path(scratch))
-        side = OurSide(new(case.config, seed=0), place)
+        side = OurSide(case.clip(), place)
         pool = pool_from(pictures_of(Path(scratch)), side.clip)
         resident = side.resident(case, pool, WARM + case.steps)
-        small, fewer = few_tokens(side, case.config, resident)
+        small, fewer = few_tokens(case, resident)
         ways = {
             "loop": lambda: side.loop(case, pool),
             "bare": lambda: side.bare(case, resident),

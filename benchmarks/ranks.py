@@ -30,7 +30,6 @@ sys.path.insert(0, str(ROOT))
 
 from speed import WARM, Case, case_of, pictures_of, turns_of, write_pictures  # noqa: E402
 
-from fomo.clip import new  # noqa: E402
 from fomo.distributed import process_group  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -45,7 +44,7 @@ def serve(pipe: Connection, case: Case, folder: Path, environment: dict[str, str
     os.environ.update(environment, FOMO_CACHE=str(folder / "cache"))
     torch.set_num_threads(case.threads)
     with process_group("cpu") as ranks, suppress(EOFError):
-        turns = turns_of(case, new(case.config, seed=0), pictures_of(folder), CPU, ranks)
+        turns = turns_of(case, case.clip(), pictures_of(folder), CPU, ranks)
         while True:
             pipe.recv()
             began = time.process_time()

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -77,6 +77,13 @@ class Case:
     workers: int  # processes that make batches
     compile: bool = False  # our side
     accumulate: int = 1  # parts of a batch, our side
+    precision: str = "auto"
+
+    def clip(self) -> Clip:
+        """The model, with random weights."""
+        clip = new(self.config, seed=0)
+        clip.precision = self.precision
+        return clip
 
     @property
     def pictures(self) -> int:
@@ -104,11 +111,13 @@ def compare_models(
     turns: int = 5,
     device: str = "auto",
     workers: int = 0,
+    precision: str = "auto",
 ) -> dict:
     """-> {"rows": [...]}. Pictures are rendered, or those of the pretraining pool of the file `data`."""
     rows = []
     for model in models:
         case = case_of(model, batch_size, threads, pick_device(device).type, workers)
+        case = replace(case, precision=precision)
         with tempfile.TemporaryDirectory() as folder:
             write_pictures(case, data, Path(folder))
             rows += compare(case, Path(folder), turns)
@@ -236,13 +245,13 @@ def serve(connection: Connection, side: str, case: Case, folder: Path) -> None:
 
 
 def ours(case: Case, folder: Path, device: torch.device) -> Iterator[Turn]:
-    return turns_of(case, new(case.config, seed=0), pictures_of(folder), device)
+    return turns_of(case, case.clip(), pictures_of(folder), device)
 
 
 def plain(case: Case, folder: Path, device: torch.device) -> Iterator[Turn]:
     source = pictures_of(folder)
     source.cache = "never"
-    return turns_of(case, Untrimmed(**vars(new(case.config, seed=0))), source, device)
+    return turns_of(case, Untrimmed(**vars(case.clip())), source, device)
 
 
 class Untrimmed(Clip):
@@ -328,7 +337,7 @@ class OurSide:
 
 
 def peer(case: Case, folder: Path, device: torch.device) -> Iterator[Turn]:
-    clip = new(case.config, seed=0)
+    clip = case.clip()
     model = clip.model.to(device)
     model.output_dict = True
     pairs = Pairs(pictures_of(folder), clip)
@@ -449,6 +458,7 @@ SIDES = {"ours": ours, "peer": peer, "plain": plain}
 )
 @click.option("--data", metavar="FILE", help="Take pictures from this data file's pretraining pool.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "mps"]), default="auto")
+@click.option("--precision", type=click.Choice(["auto", "float32", "bf16", "fp16"]), default="auto")
 @click.option("--workers", type=click.IntRange(min=0), default=0, help="Processes that make batches.")
 def main(as_json, models, **how):
     """Training speed beside open_clip's own loop, side by side on this machine: minutes."""

@@ -49,8 +49,8 @@ def dry_run(recipe: Recipe, device: str) -> str:
         f"learns {learnt} in {plural(updates, 'update')}; {pool}",
         f"scored on {plural(len(tests), 'test set')} with {plural(scored, 'picture')}",
         *training_lines(recipe, work, updates, scored, rate, *validation_pictures(recipe, data)),
-        f"memory: {needed / 2**30:.1f} GiB on the {place.type} for a step, of what torch allocates{saved}; "
-        f"{available_memory(place) / 2**30:.1f} GiB are there",
+        f"memory: {needed / 2**30:.1f} GiB on the {place.type} for a step in {precision.name}, of what torch "
+        f"allocates{saved}; {available_memory(place) / 2**30:.1f} GiB are there",
         f"disk: about {disk(recipe) / 2**30:.2g} GiB of weights and checkpoints in the run folder",
     ]
     if not data.pretraining:
