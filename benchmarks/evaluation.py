@@ -98,16 +98,13 @@ def main(name: str, pictures: int, device: torch.device) -> None:
             return torch.cat([clip.model.encode_image(batch) for batch in batches])
 
     def bare_classes() -> Tensor:
-        with clip.precision_on(device).autocast():
-            rows = [clip.model.encode_text(clip.tokenizer([text]).to(device)) for text in texts]
-        return F.normalize(torch.cat(rows).float(), dim=-1)
+        rows = [clip.model.encode_text(clip.tokenizer([text]).to(device)) for text in texts]
+        return F.normalize(torch.cat(rows), dim=-1)
 
     def our_classes() -> Tensor:
         return class_features(clip, [clip.tokenize(texts)], device)
 
-    clip.precision = "float32"
     off = (our_classes() - bare_classes()).abs().max().item()
-    clip.precision = "auto"
     print(f"{name} on {device}, {torch.get_num_threads()} threads, {pictures} pictures of {side} px")
     work = lambda: image_features(clip, samples, numbers, device, lambda n: None)  # noqa: E731
     compare("pictures", pictures, "img", work, bare_images, device)

@@ -51,7 +51,7 @@ class Clip:
     model: nn.Module
     config: dict  # content of open_clip_config.json: model_cfg, preprocess_cfg
     tokenizer: object
-    precision: str = "auto"  # that its features are computed in (devices.Precision)
+    precision: str = "auto"  # of its forward passes (devices.Precision)
 
     @property
     def image_size(self) -> int:

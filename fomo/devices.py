@@ -89,7 +89,8 @@ def cpu_multiplies_bf16() -> bool:
 
 
 class Precision:
-    """Mixed precision: what forward passes compute in, of training and of scoring. The weights are float32 always.
+    """Mixed precision: what forward passes compute in, of training and of pictures to be scored. Weights
+    are float32 always, and so are the features of texts that pictures are compared with.
 
     auto: on CUDA bf16, or fp16 with loss scaling where bf16 is missing; on a CPU bf16 where that is faster, which
     is with instructions for it and in models at least WIDE wide (`width`: of the embedding); float32 elsewhere.
