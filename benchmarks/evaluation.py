@@ -94,7 +94,7 @@ def main(name: str, pictures: int, device: torch.device) -> None:
     texts = [PROMPT.replace("{}", each) for each in names]
 
     def bare_images() -> Tensor:
-        with clip.precision_on(device).autocast():
+        with clip.precision_on(device).scoring():
             return torch.cat([clip.model.encode_image(batch) for batch in batches])
 
     def bare_classes() -> Tensor:

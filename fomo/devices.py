@@ -115,3 +115,7 @@ class Precision:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+    def scoring(self) -> torch.autocast:
+        """Of pictures; float32 instead of fp16, whose overflows a training step is left out for."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.name == "bf16")

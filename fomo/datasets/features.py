@@ -25,12 +25,12 @@ def image_features(
     tick: Callable,
     ranks: Ranks = ALONE,
 ) -> Tensor:
-    """(N, D) on the unit sphere, in the model's precision."""
+    """(N, D) on the unit sphere, in the model's precision for scoring."""
     precision = clip.precision_on(device)
 
     def encode(part: list[int]) -> Tensor:
         images = central_images(clip, [samples.pixels[int(i)] for i in part], device)
-        with precision.autocast():
+        with precision.scoring():
             return clip.model.encode_image(images)
 
     out = []
