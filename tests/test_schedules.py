@@ -223,8 +223,8 @@ shares = st.one_of(st.sampled_from([0.0, 0.1, 1.0]), st.floats(0, 1))
     cooldown=shares,
     floor=shares,
     peak=st.floats(1e-9, 1e3),
-    t=st.integers(0, 300),
-    steps=st.one_of(st.integers(1, 12), st.integers(1, 200)),
+    t=st.integers(0, 100),
+    steps=st.one_of(st.integers(1, 12), st.integers(1, 100)),
     branch=st.booleans(),
 )
 def test_rates_are_finite_and_between_zero_and_the_peak_and_warm_ups_rise(
