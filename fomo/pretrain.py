@@ -167,7 +167,7 @@ def train_base(model: Model, device: torch.device) -> tuple[Clip, dict]:
         "settings": settings_of(model),
         "loss": curve,
         "seconds": round(seconds),
-        "machine": machine(ALONE),
+        "machine": machine(ALONE, clip.precision_on(device).name),
     }
     return clip, record | {"rows": rows}
 
