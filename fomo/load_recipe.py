@@ -59,10 +59,10 @@ def load(
     values = {**merged(lowest, chosen), "scale": name}
     try:
         recipe = build(Recipe, with_defaults(values, defaults))
+        return of_periods(recipe, chosen.get("stream", {}).get("updates")) if recipe.stream.every else recipe
     except FieldError as error:
         origins = [origin for origin, fields in layers.items() if has(fields, error.field)]
         raise UserError(f"{[str(path or scale_path), *origins][-1]}: {error}") from None
-    return of_periods(recipe, chosen.get("stream", {}).get("updates")) if recipe.stream.every else recipe
 
 
 def of_periods(recipe: Recipe, updates: int | None) -> Recipe:
@@ -72,7 +72,7 @@ def of_periods(recipe: Recipe, updates: int | None) -> Recipe:
     found = count_updates(read_for(recipe))
     if updates not in (None, found):
         made = f"stream.every {recipe.stream.every} makes {plural(found, 'update')} of {recipe.data}"
-        raise UserError(f"stream.updates: {made}, got {updates}; leave it out")
+        raise FieldError("stream.updates", f"{made}, got {updates}; leave it out")
     return dataclasses.replace(recipe, stream=dataclasses.replace(recipe.stream, updates=found))
 
 

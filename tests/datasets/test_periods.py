@@ -170,7 +170,7 @@ def test_an_entry_may_be_a_period_of_its_set(tmp_path):
         (["stream.every=month", "stream.file=x.json"], "stream.file: does not go together"),
         (
             ["stream.every=month", "stream.updates=7"],
-            "stream.updates: stream.every month makes 4 updates of ",
+            "command line: stream.updates: stream.every month makes 4 updates of ",
         ),
     ],
 )
