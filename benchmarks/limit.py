@@ -31,7 +31,7 @@ from speed import WARM, Case, OurSide, case_of, pictures_of, pool_from, write_pi
 
 from fomo.budget.dry_run import matrix_rate  # noqa: E402
 from fomo.clip import contrastive_loss, encode  # noqa: E402
-from fomo.devices import Precision, pick_device  # noqa: E402
+from fomo.devices import pick_device  # noqa: E402
 from fomo.methods.base import Inputs  # noqa: E402
 
 
@@ -74,8 +74,7 @@ def main(
             "few tokens": lambda: small.bare(case, fewer),
         }
         if side.precision.name != "float32":
-            plain = OurSide(side.clip, place)
-            plain.precision = Precision("float32", place)
+            plain = OurSide(replace(side.clip, precision="float32"), place)  # the same weights
             ways["float32"] = lambda: plain.bare(case, resident)
         rounds = [{way: case.batch_size / take().rate for way, take in ways.items()} for _ in range(turns)]
         peak = matrix_rate(place, side.precision.dtype, turns)
@@ -84,7 +83,9 @@ def main(
     print(
         f"{model}, batch {case.batch_size}, {side.precision.name}: bare {1e3 * seconds['bare']:.1f} ms a step"
     )
-    for way in [way for way in ways if way != "bare"]:
+    for way in ways:
+        if way == "bare":
+            continue
         ratios = sorted(times[way] / times["bare"] for times in rounds)
         spread = f"lowest {ratios[0]:.3f}, highest {ratios[-1]:.3f}, n = {turns}"
         print(f"  {way} / bare {statistics.median(ratios):.3f} ({spread})")

@@ -44,10 +44,7 @@ from fomo.datasets.samples import Collection, Samples  # noqa: E402
 from fomo.datasets.sources.base import Source  # noqa: E402
 from fomo.datasets.sources.tables import Table  # noqa: E402
 from fomo.datasets.sources.world import World  # noqa: E402
-from fomo.devices import (  # noqa: E402
-    peak_memory,
-    pick_device,
-)
+from fomo.devices import peak_memory, pick_device  # noqa: E402
 from fomo.distributed import ALONE, Ranks  # noqa: E402
 from fomo.errors import Failure, UserError  # noqa: E402
 from fomo.load_recipe import load  # noqa: E402
@@ -81,9 +78,7 @@ class Case:
 
     def clip(self) -> Clip:
         """The model, with random weights."""
-        clip = new(self.config, seed=0)
-        clip.precision = self.precision
-        return clip
+        return replace(new(self.config, seed=0), precision=self.precision)
 
     @property
     def pictures(self) -> int:

@@ -137,7 +137,7 @@ def train_base(model: Model, device: torch.device) -> tuple[Clip, dict]:
     steps = settings.samples // settings.batch_size
     draws = [("pretraining", pool_of(pool, (settings.seed,)), settings.batch_size)]
     batches = Batches(draws, settings.seed, 0, steps)
-    optimizer = optimizer_of(settings, clip)
+    optimizer, precision = optimizer_of(settings, clip), clip.precision_on(device)
     schedule = Schedule(name="cosine", warmup=settings.warmup, floor=settings.floor)
     done = train(
         clip,
@@ -146,7 +146,7 @@ def train_base(model: Model, device: torch.device) -> tuple[Clip, dict]:
         batches.loader(),
         lambda step: learning_rate(schedule, settings.lr, 0, step, steps),
         device=device,
-        precision=clip.precision_on(device),
+        precision=precision,
         clip_norm=1.0,
         max_scale=100.0,
         draws=(settings.seed,),
@@ -167,7 +167,7 @@ def train_base(model: Model, device: torch.device) -> tuple[Clip, dict]:
         "settings": settings_of(model),
         "loss": curve,
         "seconds": round(seconds),
-        "machine": machine(ALONE, clip.precision_on(device).name),
+        "machine": machine(ALONE, precision.name),
     }
     return clip, record | {"rows": rows}
 

@@ -25,16 +25,8 @@ def test_the_world_has_the_properties_that_were_asked_of_it(tmp_path):
         for name in ("finetune", "control", "joint")
     }
     (tmp_path / "properties.yaml").write_text(yaml.safe_dump({"title": "Properties", "variants": variants}))
-    command = [
-        sys.executable,
-        "fomo.py",
-        "reproduce",
-        tmp_path / "properties.yaml",
-        "--seeds",
-        "100",
-        "--out",
-    ]
-    done = subprocess.run([*command, tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "fomo.py", "reproduce", tmp_path / "properties.yaml", "--seeds", "100"]
+    done = subprocess.run([*command, "--out", tmp_path / "out"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     runs = {row["variant"]: row["run"] for row in csv.DictReader((tmp_path / "out/runs.csv").open())}
     ends = {name: lines(tmp_path / f"out/runs/{run}/metrics.jsonl") for name, run in runs.items()}

@@ -22,11 +22,15 @@ MPS = torch.device("mps")
 OVERRIDES = ("method={name: merge}", "stream.updates=2", "optimizer.lr=1e-2", "evaluation.within=2")
 
 
+def pretend(patch: pytest.MonkeyPatch) -> None:
+    """This CPU has the instructions, and the small model is wide."""
+    patch.setattr(fomo.devices, "cpu_multiplies_bf16", lambda: True)
+    patch.setattr(Precision, "WIDE", 1)
+
+
 @pytest.fixture
 def wide_on_a_cpu_with_bf16(monkeypatch):
-    """The small model counts as wide."""
-    monkeypatch.setattr(fomo.devices, "cpu_multiplies_bf16", lambda: True)
-    monkeypatch.setattr(Precision, "WIDE", 1)
+    pretend(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +112,7 @@ def test_eval_repeats_the_last_scores_of_a_run_in_bf16(small_scale, tmp_path, wi
 def test_going_on_without_the_instructions_is_said(small_scale, tmp_path, monkeypatch, capsys):
     recipe = recipe_of(small_scale, *OVERRIDES)
     with monkeypatch.context() as patch:
-        patch.setattr(fomo.devices, "cpu_multiplies_bf16", lambda: True)
-        patch.setattr(Precision, "WIDE", 1)
+        pretend(patch)
         with pytest.raises(Interrupted):
             run_until(recipe, tmp_path, 2, terminate)
     run(recipe, tmp_path, resume=True)

@@ -62,10 +62,10 @@ def verdict(group: Group) -> tuple[str, str]:
 def in_choice(choice: dict) -> str:
     """What was chosen on validation pictures, and what they say of it."""
     chosen, tried = choice["chosen"], choice["tried"]
-    untouched = [row for row in tried if row["keep"] == 1]
-    share = "" if chosen["keep"] is None else f"keep {chosen['keep']:g} "
     if chosen["keep"] == 1:
         return "chosen: keep 1, the old model as it was, since nothing that was tried is better on validation"
+    untouched = [row for row in tried if row["keep"] == 1]
+    share = "" if chosen["keep"] is None else f"keep {chosen['keep']:g} "
     kept = f"{chosen['zs']:.1f} of {untouched[0]['zs']:.1f} kept" if untouched else f"ZS {chosen['zs']:.1f}"
     return f"chosen: {share}after step {chosen['step']}, KA {chosen['ka']:.1f} and {kept} on validation"
 
